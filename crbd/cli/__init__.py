@@ -1,0 +1,1 @@
+"""crbd's own command line."""

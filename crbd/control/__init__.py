@@ -1,0 +1,1 @@
+"""swtpm's control protocol: one table, frozen messages, a sans-IO connection."""

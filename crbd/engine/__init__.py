@@ -1,0 +1,1 @@
+"""The TPM itself behind one port: libtpms, and a scripted fake for tests."""

@@ -1,0 +1,136 @@
+"""The whole exception family: whose fault it is, what is answered, what the operator can do.
+
+Three kinds of people make mistakes, and each kind is told in its own way:
+
+- A *guest* is answered with a TPM response code or a register value. No exception of this module stands for a
+  guest's mistake.
+- A *peer* on a socket that breaks the protocol loses that connection and nothing else: `ProtocolError`.
+- An *operator* who gave a wrong option or a file that cannot be used gets one line that names the thing and the
+  remedy, and an exit code of its own: `OperatorError` and its children.
+
+`EngineError` and `StoreError` stand between them: the service turns each into an answer on the wire while the TPM runs,
+or into an `OperatorError` at start-up.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CrbdError(Exception):
+    """Base of every exception that crbd raises on purpose."""
+
+
+class ProtocolError(CrbdError):
+    """A peer sent bytes that its protocol does not allow. Ends that connection alone."""
+
+
+class EngineError(CrbdError):
+    """A call into the TPM engine failed.
+
+    `result` is the library's TPM_RESULT (libtpms' tpm_error.h), ready to be sent on the control channel.
+    """
+
+    def __init__(self, call: str, result: int) -> None:
+        super().__init__(f"{call} failed with TPM_RESULT 0x{result:x}")
+        self.call = call
+        self.result = result
+
+
+class StoreError(CrbdError):
+    """A write of TPM state did not become durable (no space, I/O error, directory gone).
+
+    What was to be written is still wanted: the caller keeps it and tries again with the next write.
+    """
+
+
+class OperatorError(CrbdError):
+    """Ends the start (or the command): `what` is wrong, and `remedy` says what to do about it.
+
+    The text is one line. `exit_code` is the process's exit status; docs/exit-codes.md lists them all.
+    """
+
+    exit_code: ClassVar[int] = 1
+    meaning: ClassVar[str] = "an error that has no code of its own"
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}: {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy
+
+
+class UsageError(OperatorError):
+    """An option is unknown, malformed or contradicts another."""
+
+    exit_code = 2
+    meaning = "a command line option is unknown, malformed or contradicts another"
+
+
+class StateError(OperatorError):
+    """TPM state exists but cannot be used. Nothing was changed."""
+
+    exit_code = 10
+    meaning = "the TPM state cannot be used, for a reason that has no code of its own"
+
+
+class StateAbsentError(StateError):
+    """There is no TPM state where the caller required it or did not allow a new one."""
+
+    exit_code = 11
+    meaning = "there is no TPM state, and a new TPM was not allowed"
+
+
+class StateDamagedError(StateError):
+    """The state is cut short, malformed, or the engine rejects it."""
+
+    exit_code = 12
+    meaning = "the TPM state is damaged: cut short, malformed or rejected by the engine"
+
+
+class StateNewerError(StateError):
+    """The state was written by a newer release in a form this one does not read."""
+
+    exit_code = 13
+    meaning = "the TPM state needs a newer release"
+
+
+class StateSealedError(StateError):
+    """The state is encrypted and no key, or the wrong key, was given."""
+
+    exit_code = 14
+    meaning = "the TPM state is encrypted and the key is missing or wrong"
+
+
+class StateLockedError(StateError):
+    """Another process holds the state."""
+
+    exit_code = 15
+    meaning = "another process uses the TPM state"
+
+
+class StateAccessError(StateError):
+    """The operating system refuses access to the state's directory or files."""
+
+    exit_code = 16
+    meaning = "the operating system refuses access to the TPM state"
+
+
+class EngineMissingError(OperatorError):
+    """libtpms is missing or too old."""
+
+    exit_code = 20
+    meaning = "libtpms is missing or too old"
+
+
+class EngineFailedError(OperatorError):
+    """libtpms is there but would not start."""
+
+    exit_code = 21
+    meaning = "libtpms would not start the TPM"
+
+
+class EndpointError(OperatorError):
+    """A socket cannot be opened: address in use, no such directory, bad descriptor, no permission."""
+
+    exit_code = 30
+    meaning = "a socket cannot be opened or a handed-over descriptor cannot be used"

@@ -1,0 +1,1 @@
+"""One TPM instance: engine, store and lifecycle."""

@@ -1,0 +1,1 @@
+"""The saved forms of a TPM, as bytes."""

@@ -1,0 +1,1 @@
+"""Where frozen bytes live: directories, memory, and their locks."""

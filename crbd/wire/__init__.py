@@ -1,0 +1,1 @@
+"""Checked readers and writers of byte structures."""
