@@ -25,6 +25,10 @@ class ProtocolError(CrbdError):
     """A peer sent bytes that its protocol does not allow. Ends that connection alone."""
 
 
+class WireError(ProtocolError):
+    """A structure is shorter or longer than its layout says, or larger than its cap allows."""
+
+
 class EngineError(CrbdError):
     """A call into the TPM engine failed.
 
@@ -134,3 +138,10 @@ class EndpointError(OperatorError):
 
     exit_code = 30
     meaning = "a socket cannot be opened or a handed-over descriptor cannot be used"
+
+
+class PidFileError(OperatorError):
+    """The pid file cannot be written."""
+
+    exit_code = 31
+    meaning = "the pid file cannot be written"

@@ -1,0 +1,122 @@
+"""`crbd serve`: one TPM, served until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from crbd.engine.libtpms import LibtpmsEngine
+from crbd.engine.port import Engine, StatePort
+from crbd.errors import UsageError
+from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.endpoint import parse_endpoint
+from crbd.service.options import InstanceOptions, Startup
+from crbd.store.directory import open_directory
+from crbd.store.memory import MemoryStore
+from crbd.store.port import Store
+
+DESCRIPTION = """Serve one TPM 2.0: the control channel to QEMU (-chardev socket), the data channel to tpm2-tools and
+others.
+Ends with status 0 at SIGTERM or when a client sends SHUTDOWN; docs/exit-codes.md lists the others."""
+
+FLAGS = {
+    "not-need-init": "power the TPM on at once instead of waiting for INIT",
+    "startup-clear": "power on and send TPM2_Startup(CLEAR)",
+    "startup-state": "power on and send TPM2_Startup(STATE)",
+    "startup-none": "send no TPM2_Startup (implies not-need-init)",
+    "disable-auto-shutdown": "never send TPM2_Shutdown for a client",
+}
+LOCALITY_SETTINGS = {
+    "reject-locality-4": "refuse locality 4 from clients",
+    "allow-set-locality": "let the data channel change the locality by the vendor command 0x20001000",
+}
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `crbd serve`."""
+    where = parser.add_argument_group("state (one of these is needed)")
+    where.add_argument("--state", metavar="DIR", type=Path, help="directory that holds the TPM's state")
+    where.add_argument("--ephemeral", action="store_true", help="a new TPM that is gone when crbd ends")
+    parser.add_argument(
+        "--create", action="store_true", help="make a new TPM if DIR holds none; without it, no state is an error"
+    )
+    sockets = parser.add_argument_group("sockets (at least one): unix:PATH[,mode=0660], tcp:HOST:PORT or fd:NUMBER")
+    sockets.add_argument("--ctrl", metavar="ENDPOINT", help="control channel: what QEMU's -chardev socket connects to")
+    sockets.add_argument("--data", metavar="ENDPOINT", help="data channel: TPM commands")
+    parser.add_argument("--flags", metavar="LIST", default="", help="comma-separated: " + ", ".join(FLAGS))
+    parser.add_argument(
+        "--locality", metavar="LIST", default="", help="comma-separated: " + ", ".join(LOCALITY_SETTINGS)
+    )
+    parser.add_argument("--pid", metavar="FILE", type=Path, help="write the process id there when clients are served")
+    parser.add_argument(
+        "--libtpms", metavar="FILE", help="the libtpms library to load (default: libtpms.so.0 of the system)"
+    )
+    parser.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="warning", help="what goes to stderr (default: warning)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until the end; returns 0. Raises OperatorError when the start fails."""
+    logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="crbd: %(levelname)s: %(message)s")
+    options = _daemon_options(arguments)
+    if arguments.state is not None and arguments.ephemeral:
+        raise UsageError("--state and --ephemeral exclude each other", "give one of them")
+    if arguments.state is None and not arguments.ephemeral:
+        raise UsageError("nothing says where the TPM's state is", "give --state DIR or --ephemeral")
+    make_engine = partial(_make_engine, library=arguments.libtpms)
+    store: Store = MemoryStore() if arguments.ephemeral else open_directory(arguments.state, create=arguments.create)
+    trio.run(partial(serve, options, store, make_engine))
+    return 0
+
+
+def _daemon_options(arguments: argparse.Namespace) -> DaemonOptions:
+    if arguments.ctrl is None and arguments.data is None:
+        raise UsageError("there is no socket to serve", "give --ctrl, --data or both")
+    return DaemonOptions(
+        ctrl=None if arguments.ctrl is None else parse_endpoint(arguments.ctrl, "--ctrl"),
+        data=None if arguments.data is None else parse_endpoint(arguments.data, "--data"),
+        instance=_instance_options(arguments),
+        pid_file=arguments.pid,
+    )
+
+
+def _instance_options(arguments: argparse.Namespace) -> InstanceOptions:
+    flags = _settings(arguments.flags, "--flags", FLAGS)
+    locality = _settings(arguments.locality, "--locality", LOCALITY_SETTINGS)
+    startups = {name for name in flags if name.startswith("startup-")}
+    if len(startups) > 1:
+        raise UsageError(f"--flags: {' and '.join(sorted(startups))} exclude each other", "give one of them")
+    startup = Startup.NEED_INIT
+    if "startup-clear" in flags:
+        startup = Startup.CLEAR
+    elif "startup-state" in flags:
+        startup = Startup.STATE
+    elif flags & {"not-need-init", "startup-none"}:
+        startup = Startup.POWER_ON
+    return InstanceOptions(
+        startup=startup,
+        may_manufacture=arguments.create or arguments.ephemeral,
+        auto_shutdown="disable-auto-shutdown" not in flags,
+        reject_locality_4="reject-locality-4" in locality,
+        allow_set_locality="allow-set-locality" in locality,
+    )
+
+
+def _settings(text: str, option: str, known: Mapping[str, str]) -> set[str]:
+    """The names in a comma-separated list. Raises UsageError for one that is not known."""
+    names = {name for name in text.split(",") if name}
+    for name in sorted(names - known.keys()):
+        raise UsageError(f"{option}: there is no {name!r}", f"it takes {', '.join(known)}")
+    return names
+
+
+def _make_engine(port: StatePort, library: str | None) -> Engine:
+    return LibtpmsEngine(port, library)

@@ -1,0 +1,163 @@
+"""The pump: one thread that serves one hot connection over a socket.
+
+Why a thread. A round trip through a thread that blocks in poll costs half of one on the trio loop, and a command that
+computes for seconds does not keep the loop from answering control commands (docs/decisions/0001-pump-threads.md).
+
+The thread polls the socket and an eventfd. The eventfd wakes it for the end: cancellation of the task that owns the
+pump asks the TPM to give up its command, wakes the thread and waits for it. The thread is never abandoned: it may
+hold the engine lock.
+
+    IDLE       nothing received, or all of it answered: polls without a limit
+    PARTIAL    a command has begun: polls until its deadline, then answers as `stalled` says
+    ANSWERING  writes; a client that does not read is waited for, without the engine lock
+    CLOSING    says no more, reads what still comes for a bounded time (so that TCP does not reset away the last
+    answer), closes
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+
+import trio
+
+from crbd.tpm.framing import Command, DataConnection, Malformed
+
+log = logging.getLogger(__name__)
+
+READ_SIZE = 64 * 1024
+STALL_TIMEOUT = 2.0
+"""Seconds that a command may take from its first to its last byte."""
+LINGER_TIMEOUT = 0.5
+"""Seconds for which a connection that is being closed is still read."""
+
+Answer = Callable[[Command], bytes]
+
+
+class PumpEndedError(Exception):
+    """The pump is to end now."""
+
+
+class Pump:
+    """Serves TPM commands on `connected`, a connected stream socket that it owns from now on.
+
+    `answer` runs a command (blocking, in the pump's thread); `cancel` asks it to give up. `limit` is the largest
+    command in bytes.
+    """
+
+    def __init__(self, connected: socket.socket, answer: Answer, cancel: Callable[[], None], limit: int) -> None:
+        self._socket = connected
+        self._answer = answer
+        self._cancel = cancel
+        self._limit = limit
+
+    def peer_is_gone(self) -> bool:
+        """Whether the other end has closed the connection, though the pump may not have come to see it. Any thread."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return any(happened & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, happened in poller.poll(0))
+
+    async def run(self) -> None:
+        """Serve until the client closes, breaks the connection, or this task is cancelled.
+
+        The socket is closed then.
+        """
+        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wake_when_cancelled, wake)
+                # Shielded without a deadline: the wake-up ends the thread, and the engine's answer is always waited
+                # for.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._serve, wake, limiter=trio.CapacityLimiter(1))
+                nursery.cancel_scope.cancel()
+        finally:
+            self._socket.close()
+            os.close(wake)
+
+    async def _wake_when_cancelled(self, wake: int) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._cancel()
+            os.eventfd_write(wake, 1)
+
+    # -- in the thread
+    # -----------------------------------------------------------------------------------------------------
+
+    def _serve(self, wake: int) -> None:
+        try:
+            self._serve_until_closed(wake)
+        except PumpEndedError:
+            return
+        except OSError as error:
+            log.info("data connection broke: %s", error.strerror)
+
+    def _serve_until_closed(self, wake: int) -> None:
+        sock, descriptor, answer = self._socket, self._socket.fileno(), self._answer
+        connection = DataConnection(self._limit)
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        poller.register(wake, select.POLLIN)
+        deadline: float | None = None
+        while True:
+            # None waits for ever; milliseconds, and never 0 before the deadline is truly over.
+            patience = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1
+            ready = poller.poll(patience)
+            if not ready:
+                self._send(connection.stalled().answer, wake)
+                return self._linger(wake)
+            if len(ready) == 2 or ready[0][0] == wake:
+                raise PumpEndedError
+            try:
+                data = sock.recv(READ_SIZE)
+            except BlockingIOError:
+                continue
+            if not data:
+                return None
+            for event in connection.receive(data):
+                if isinstance(event, Malformed):
+                    self._send(event.answer, wake)
+                    if event.close:
+                        return self._linger(wake)
+                else:
+                    self._send(event.frame(answer(event)), wake)
+            if not connection.partial:
+                deadline = None
+            elif deadline is None:
+                deadline = time.monotonic() + STALL_TIMEOUT
+
+    def _send(self, data: bytes, wake: int) -> None:
+        """One write where the client reads its answers. Raises OSError, PumpEndedError."""
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        poller.register(wake, select.POLLIN)
+        rest = memoryview(data)[sent:]
+        while rest:
+            if any(descriptor == wake for descriptor, _ in poller.poll()):
+                raise PumpEndedError
+            try:
+                rest = rest[self._socket.send(rest) :]
+            except BlockingIOError:
+                continue
+
+    def _linger(self, wake: int) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(wake, select.POLLIN)
+        while (patience := deadline - time.monotonic()) > 0:
+            ready = poller.poll(patience * 1000)
+            if not ready or any(descriptor == wake for descriptor, _ in ready) or not self._socket.recv(READ_SIZE):
+                return

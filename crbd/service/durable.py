@@ -1,0 +1,63 @@
+"""Between the engine, which changes state in the middle of a command, and the store, which makes changes durable
+after it.
+
+What the engine hands over during one call is collected and committed at once when the call is over and before its
+answer leaves. Nothing is written for state that did not change. What could not be committed stays wanted and goes
+along with the next commit.
+"""
+
+from __future__ import annotations
+
+from crbd.state.kinds import StateKind
+from crbd.store.port import Store
+
+
+class DurableState:
+    """The engine's `StatePort` on top of a `Store`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pending: dict[StateKind, bytes | None] = {}
+        self._committed: dict[StateKind, bytes | None] = {}
+        self.commits = 0
+        """How many commits reached the store."""
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something waits to be committed."""
+        return bool(self._pending)
+
+    def load(self, kind: StateKind) -> bytes | None:
+        """What the engine would find now. Raises a StateError that names the file."""
+        if kind in self._pending:
+            return self._pending[kind]
+        data = self._store.load(kind)
+        self._committed[kind] = data
+        return data
+
+    def store(self, kind: StateKind, data: bytes) -> None:
+        """Take changed state from the engine."""
+        self._want(kind, data)
+
+    def delete(self, kind: StateKind) -> None:
+        """Take from the engine that a kind of state is no longer valid."""
+        self._want(kind, None)
+
+    def commit(self) -> None:
+        """Make durable what is pending. Raises StoreError; then it is still pending."""
+        if not self._pending:
+            return
+        self._store.commit(self._pending)
+        self._committed.update(self._pending)
+        self._pending.clear()
+        self.commits += 1
+
+    def discard(self) -> None:
+        """Forget what is pending: the call that brought it failed as a whole, before anything could depend on it."""
+        self._pending.clear()
+
+    def _want(self, kind: StateKind, data: bytes | None) -> None:
+        if kind in self._committed and self._committed[kind] == data:
+            self._pending.pop(kind, None)
+        else:
+            self._pending[kind] = data

@@ -1,0 +1,327 @@
+"""One TPM: an engine, its state and its lifecycle.
+
+Theory. An instance is OFF or ON.
+
+    OFF --init--> ON           power-on; state comes from the store, or from blobs handed in by `set_state_blob`
+    ON  --init--> ON           a reset: automatic TPM2_Shutdown if one is needed, power-off, power-on
+    ON  --stop--> OFF          automatic TPM2_Shutdown, power-off
+    any --close--> gone        as stop; the store is released
+
+The automatic TPM2_Shutdown(STATE), with CLEAR as the fallback, is sent when the last command was not a TPM2_Shutdown
+already. Without it every power-off looks like a power cut to the TPM, whose dictionary-attack counter then locks
+guests out (swtpm does the same).
+
+A new TPM is made in one place, `_power_on`, and only if the options allow it, the store holds no permanent state, and
+no blob was handed in. Permission is used up by the first success: state that vanishes under a running daemon is never
+replaced by a new TPM.
+
+Threads. The data pump calls `execute`; control commands come from other threads. All of it that touches the engine or
+the store goes under one lock, the engine lock. `cancel` and the properties do not, so they answer while a command
+computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from crbd.engine.port import BufferSize, Engine, StatePort
+from crbd.errors import EngineError, StateAbsentError, StateDamagedError, StateError, StoreError
+from crbd.service.durable import DurableState
+from crbd.service.options import InstanceOptions, Startup
+from crbd.state.kinds import StateKind
+from crbd.state.swtpm import decode_migration, encode_migration
+from crbd.store.port import Store
+from crbd.tpm.codes import CommandCode, ResponseCode, StartupType
+from crbd.tpm.framing import Command
+from crbd.tpm.head import HEAD_SIZE, error_response, response_code, shutdown_command, startup_command, success_response
+from crbd.tpm.results import TpmResult
+
+log = logging.getLogger(__name__)
+
+MAX_LOCALITY = 4
+LOCK_RETRY_INTERVAL = 0.010
+"""Seconds between two tries of LOCK_STORAGE (swtpm's figure)."""
+
+_FAILURE = error_response(ResponseCode.FAILURE)
+_BAD_LOCALITY = error_response(ResponseCode.LOCALITY)
+_SHUTDOWN = CommandCode.SHUTDOWN.to_bytes(4, "big")
+_VENDOR_SET_LOCALITY = CommandCode.VENDOR_SET_LOCALITY.to_bytes(4, "big")
+
+
+class Instance:
+    """One TPM. `make_engine` is given the state port and returns a stopped engine."""
+
+    def __init__(self, make_engine: Callable[[StatePort], Engine], store: Store, options: InstanceOptions) -> None:
+        self._store = store
+        self._state = DurableState(store)
+        self._engine = make_engine(self._state)
+        self._options = options
+        self._may_manufacture = options.may_manufacture
+        self._lock = threading.Lock()
+        self._last_command = b""
+        self._handed_in: set[StateKind] = set()
+
+    # -- start and end
+    # ---------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """See, before anything is served, that there is a TPM here or that one may be made; nothing is changed.
+
+        Raises a StateError that names the file and the remedy.
+        """
+        with self._lock:
+            permanent = self._state.load(StateKind.PERMANENT)
+            if permanent is None:
+                self._refuse_unless_new_is_allowed()
+                return
+            try:
+                self._engine.set_state(StateKind.PERMANENT, permanent)
+            except EngineError as error:
+                raise StateDamagedError(
+                    f"libtpms {self._engine.version} rejects the TPM state in {self._store.name} (0x{error.result:x})",
+                    "restore it from a backup, or use the libtpms that wrote it",
+                ) from error
+            self._engine.set_state(StateKind.PERMANENT, None)
+
+    def begin(self) -> None:
+        """What the options ask for at daemon start:
+
+        power-on and TPM2_Startup. Raises StateError, StoreError, EngineError.
+        """
+        startup = self._options.startup
+        with self._lock:
+            if startup is Startup.NEED_INIT:
+                return
+            self._power_on(delete_volatile=False)
+            if startup.startup_type is not None:
+                response = self._run(startup_command(startup.startup_type))
+                code = response_code(response)
+                if code != ResponseCode.SUCCESS:
+                    raise EngineError(
+                        f"TPM2_Startup({startup.startup_type.name})", code if code is not None else TpmResult.FAIL
+                    )
+
+    def close(self) -> None:
+        """Shut the TPM down and release the store.
+
+        What the last commit could not write is tried once more; failing that is logged as an error.
+        """
+        with self._lock:
+            self._power_off()
+            try:
+                self._state.commit()
+            except StoreError as error:
+                log.error("%s; the last change to the TPM is lost", error)
+            self._store.close()
+
+    # -- the data channel
+    # --------------------------------------------------------------------------------------------------
+
+    def execute(self, command: Command) -> bytes:
+        """Run one command from the data channel; return its response, which may leave: what it changed is durable.
+
+        A TPM that is off, a locality that does not exist and a state that cannot be written are answered with TPM
+        response codes.
+        """
+        body, locality = command
+        with self._lock:
+            if locality is not None:
+                if not self._locality_is_allowed(locality):
+                    return _BAD_LOCALITY
+                self._engine.locality = locality
+            if not self._engine.running:
+                return _FAILURE
+            if body[6:10] == _VENDOR_SET_LOCALITY and self._options.allow_set_locality:
+                return self._vendor_set_locality(body)
+            try:
+                return self._run(body)
+            except (EngineError, StoreError, StateError) as error:
+                log.error("%s; the command is answered with TPM_RC_FAILURE", error)
+                return _FAILURE
+
+    def cancel(self) -> None:
+        """Ask the command that executes now to give up. Any thread; does not wait."""
+        self._engine.cancel()
+
+    # -- the control channel
+    # -----------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether the TPM is ON."""
+        return self._engine.running
+
+    def init(self, *, delete_volatile: bool) -> None:
+        """Power on, or reset. Raises EngineError, StateError or StoreError; the TPM is OFF then."""
+        self._engine.cancel()
+        with self._lock:
+            self._power_off()
+            self._power_on(delete_volatile=delete_volatile)
+
+    def stop(self) -> None:
+        """Power off. A command that still computes is cancelled: its answer no longer matters."""
+        self._engine.cancel()
+        with self._lock:
+            self._power_off()
+
+    def established(self) -> bool:
+        """The tpmEstablished flag. Raises EngineError."""
+        with self._lock:
+            return self._engine.established()
+
+    def reset_established(self, locality: int) -> None:
+        """Clear the flag on behalf of `locality`. Raises EngineError: TPM_BAD_LOCALITY where that is not 3 or 4."""
+        with self._lock:
+            if locality > MAX_LOCALITY:
+                raise EngineError("RESET_TPMESTABLISHED", TpmResult.BAD_LOCALITY)
+            self._engine.reset_established(locality)
+            self._state.commit()
+
+    def set_locality(self, locality: int) -> None:
+        """The locality of all commands from now on. Raises EngineError with TPM_BAD_LOCALITY."""
+        with self._lock:
+            if not self._locality_is_allowed(locality):
+                raise EngineError("SET_LOCALITY", TpmResult.BAD_LOCALITY)
+            self._engine.locality = locality
+
+    def hash_start(self) -> None:
+        """Begin a locality-4 hash sequence. Raises EngineError."""
+        with self._lock:
+            self._engine.hash_start()
+
+    def hash_data(self, data: bytes) -> None:
+        """Add to the hash sequence. Raises EngineError."""
+        with self._lock:
+            self._engine.hash_data(data)
+
+    def hash_end(self) -> None:
+        """End the hash sequence. Raises EngineError, StoreError."""
+        with self._lock:
+            self._engine.hash_end()
+            self._state.commit()
+
+    def store_volatile(self) -> None:
+        """Write the volatile state to the store. Raises EngineError, StoreError."""
+        with self._lock:
+            data = self._engine.get_state(StateKind.VOLATILE)
+            if data is not None:
+                self._state.store(StateKind.VOLATILE, data)
+            self._state.commit()
+
+    def state_blob(self, kind: StateKind) -> bytes | None:
+        """The state in swtpm's migration form; None where there is none. Raises EngineError."""
+        with self._lock:
+            data = self._engine.get_state(kind)
+        return None if data is None else encode_migration(data)
+
+    def set_state_blob(self, kind: StateKind, blob: bytes) -> None:
+        """Hand in state in swtpm's migration form for the next `init`;
+
+        an empty blob takes it back. Raises EngineError, StateError.
+        """
+        with self._lock:
+            data = decode_migration(blob, f"the {kind.nvram_name} state blob") if blob else None
+            self._handed_in.discard(kind)
+            self._engine.set_state(kind, data)
+            if data is not None:
+                self._handed_in.add(kind)
+
+    def buffer_size(self, wanted: int) -> BufferSize:
+        """Ask for (0) or set the buffer size. Raises EngineError where it is to change while the TPM is ON."""
+        with self._lock:
+            return self._engine.buffer_size(wanted)
+
+    def info(self, flags: int) -> str:
+        """JSON text about the TPM. Raises EngineError."""
+        with self._lock:
+            return self._engine.info(flags)
+
+    def lock_storage(self, retries: int) -> None:
+        """Hold the store's lock again, trying up to `retries` more times, 10 ms apart.
+
+        Raises StateError when it is not obtained.
+        """
+        for _ in range(retries):
+            try:
+                with self._lock:
+                    self._store.lock()
+            except StateError:
+                time.sleep(LOCK_RETRY_INTERVAL)
+            else:
+                return
+        with self._lock:
+            self._store.lock()
+
+    # -- under the engine lock
+    # ---------------------------------------------------------------------------------------------
+
+    def _run(self, body: bytes) -> bytes:
+        """Execute and commit. Raises EngineError, StoreError, StateError."""
+        response = self._engine.execute(body)
+        if len(body) >= HEAD_SIZE:
+            self._last_command = body[6:10]
+        if self._state.dirty:
+            self._state.commit()
+        return response
+
+    def _power_on(self, *, delete_volatile: bool) -> None:
+        if StateKind.PERMANENT not in self._handed_in and self._state.load(StateKind.PERMANENT) is None:
+            self._refuse_unless_new_is_allowed()
+            log.info("making a new TPM in %s", self._store.name)
+        try:
+            self._engine.start()
+        except (EngineError, StateError):
+            self._state.discard()
+            raise
+        finally:
+            self._handed_in.clear()
+        if delete_volatile:
+            self._state.delete(StateKind.VOLATILE)
+        try:
+            self._state.commit()
+        except StoreError:
+            self._engine.stop()
+            self._state.discard()
+            raise
+        self._may_manufacture = False
+        self._last_command = b""
+
+    def _power_off(self) -> None:
+        if not self._engine.running:
+            return
+        if self._options.auto_shutdown and self._last_command != _SHUTDOWN:
+            self._send_shutdown()
+        self._engine.stop()
+
+    def _send_shutdown(self) -> None:
+        for how in (StartupType.STATE, StartupType.CLEAR):
+            try:
+                code = response_code(self._run(shutdown_command(how)))
+            except (EngineError, StoreError, StateError) as error:
+                log.error("TPM2_Shutdown(%s): %s", how.name, error)
+                continue
+            if code in (ResponseCode.SUCCESS, ResponseCode.INITIALIZE):
+                return
+            log.warning("TPM2_Shutdown(%s) was answered with 0x%x", how.name, code or 0)
+
+    def _refuse_unless_new_is_allowed(self) -> None:
+        if not self._may_manufacture:
+            raise StateAbsentError(
+                f"there is no TPM state in {self._store.name}", "check the path, or make a new TPM there with --create"
+            )
+
+    def _locality_is_allowed(self, locality: int) -> bool:
+        return locality < MAX_LOCALITY or (locality == MAX_LOCALITY and not self._options.reject_locality_4)
+
+    def _vendor_set_locality(self, body: bytes) -> bytes:
+        """swtpm's vendor command: a head and one locality byte (anything after it is ignored)."""
+        if len(body) <= HEAD_SIZE:
+            return error_response(ResponseCode.INSUFFICIENT)
+        locality = body[HEAD_SIZE]
+        if not self._locality_is_allowed(locality):
+            return _BAD_LOCALITY
+        self._engine.locality = locality
+        return success_response()

@@ -1,0 +1,41 @@
+"""How one TPM is to behave: the flags that swtpm's `--flags` and `--locality` set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from crbd.tpm.codes import StartupType
+
+
+class Startup(Enum):
+    """What happens to the TPM when the daemon starts."""
+
+    NEED_INIT = "need-init"
+    """Nothing: the client sends INIT. What QEMU does."""
+    POWER_ON = "power-on"
+    """Powered on; the client sends TPM2_Startup. swtpm's not-need-init."""
+    CLEAR = "clear"
+    """Powered on and started with TPM2_Startup(CLEAR)."""
+    STATE = "state"
+    """Powered on and started with TPM2_Startup(STATE)."""
+
+    @property
+    def startup_type(self) -> StartupType | None:
+        """The TPM2_Startup to send, if any."""
+        return {Startup.CLEAR: StartupType.CLEAR, Startup.STATE: StartupType.STATE}.get(self)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceOptions:
+    """The behaviour of one instance."""
+
+    startup: Startup = Startup.NEED_INIT
+    may_manufacture: bool = False
+    """Whether a TPM may be made where no state is."""
+    auto_shutdown: bool = True
+    """Whether TPM2_Shutdown is sent for a client that takes the power away without it."""
+    reject_locality_4: bool = False
+    """Refuse locality 4 from SET_LOCALITY and the vendor command."""
+    allow_set_locality: bool = False
+    """Honour the vendor command that sets the locality on the data channel."""

@@ -1,0 +1,71 @@
+"""The `.lock` file of a state directory.
+
+swtpm locks the whole of `.lock` with a POSIX record lock. An open-file-description lock on the same range excludes
+swtpm and other crbd processes alike, and is not lost when some other descriptor of the file is closed, nor by exec.
+The holder's pid stands in the file, for messages only: the lock itself, not the text, decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from struct import Struct
+
+from crbd.errors import StateAccessError, StateLockedError
+
+_FLOCK = Struct("@hhqqi0q")
+"""struct flock on 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for open-file-description locks)."""
+
+_PID_TEXT_MAX = 32
+
+
+class LockFile:
+    """A held lock; made by `acquire`, given back by `release`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    @classmethod
+    def acquire(cls, path: Path, mode: int = 0o600) -> LockFile:
+        """Lock `path`, which is created with `mode` if need be.
+
+        Raises StateLockedError if another process holds it, StateAccessError if it cannot be opened.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        except OSError as error:
+            raise StateAccessError(f"{path}: {error.strerror}", "let the user that runs crbd write there") from error
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise StateAccessError(
+                    f"{path} cannot be locked: {error.strerror}", "keep TPM state on a file system that has locks"
+                ) from error
+            raise StateLockedError(
+                f"{path.parent} is in use by {holder}", "stop that process, or give this TPM a directory of its own"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        return cls(descriptor)
+
+    def release(self) -> None:
+        """Give the lock back; the file stays, as swtpm's does. Releasing twice is no error."""
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, in words: swtpm's pid comes from the kernel, crbd's from the text in the file."""
+    asked = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    pid = _FLOCK.unpack(asked)[4]
+    if pid > 0:
+        return f"process {pid}"
+    text = os.pread(descriptor, _PID_TEXT_MAX, 0).strip()
+    return f"process {int(text)}" if text.isdigit() else "another process"

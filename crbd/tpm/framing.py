@@ -1,0 +1,128 @@
+"""The data channel: TPM commands in a byte stream, sans-IO.
+
+Theory. The stream holds commands back to back. A command begins in one of two ways, told apart by its first four
+bytes, command by command:
+
+    u16 tag, u32 size, u32 code, ...                        plain: what QEMU and tcti-swtpm send
+    u32 8, u8 locality, u32 size, then `size` bytes         with the "send command" header of the TPM 2.0 simulator
+
+All big-endian. A plain command is answered by its response as it is; a command with the header by `u32 size`, the
+response, and `u32 0`.
+
+    BETWEEN --first bytes--> INSIDE --last byte--> BETWEEN      yields Command
+    BETWEEN, INSIDE --size below 10--> BETWEEN                  yields Malformed(keep): what was received is dropped
+    BETWEEN, INSIDE --size over the limit--> CLOSED             yields Malformed(close)
+    INSIDE --`stalled()`--> CLOSED                              yields Malformed(close)
+
+TPM commands carry no mark by which a reader could find the next one, so after a size that cannot be true there are
+only two honest ways on: forget what has been received so far (the client waits for its answer before it sends more,
+as all real ones do) or close. swtpm takes every read() for one command and lets libtpms find the lie:
+TPM_RC_COMMAND_SIZE (0x142). The code here is the same; beyond swtpm, commands may arrive in pieces or several in one
+read. A tag that is neither 8001 nor 8002 is not judged here: libtpms answers it with TPM_RC_BAD_TAG.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from crbd.tpm.codes import ResponseCode
+from crbd.tpm.head import HEAD_SIZE, error_response
+
+SEND_COMMAND: Final = b"\x00\x00\x00\x08"
+"""MS_SIM's TPM_SEND_COMMAND, the first four bytes of a command with the send-command header."""
+
+PREFIX_SIZE: Final = 9
+"""Bytes in the send-command header: u32 8, u8 locality, u32 size."""
+
+_ACKNOWLEDGE: Final = bytes(4)
+
+
+class Command(NamedTuple):
+    """One whole command. `locality` is the send-command header's (0 to 255, unchecked), None for a plain command."""
+
+    body: bytes
+    locality: int | None
+
+    def frame(self, response: bytes) -> bytes:
+        """The response as it goes onto the wire in answer to this command."""
+        if self.locality is None:
+            return response
+        return b"".join((len(response).to_bytes(4, "big"), response, _ACKNOWLEDGE))
+
+
+class Malformed(NamedTuple):
+    """Bytes that are no command: answer with `answer`, and close the connection if `close`."""
+
+    answer: bytes
+    close: bool
+
+
+class DataConnection:
+    """The receiving half of one data connection.
+
+    `limit` is the largest command in bytes, its head included (the engine's buffer size, without the send-command
+    header).
+    """
+
+    __slots__ = ("_closed", "_limit", "_received")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._received = bytearray()
+        self._closed = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether a command has begun and lacks bytes: the caller bounds how long it waits for them."""
+        return bool(self._received)
+
+    def receive(self, data: bytes) -> tuple[Command | Malformed, ...]:
+        """Take in bytes from the peer; return what they complete, in order. Raises nothing, whatever the bytes are."""
+        # One plain command in one read: what every real client does, kept free of copies.
+        if (
+            not self._received
+            and len(data) >= HEAD_SIZE
+            and int.from_bytes(data[2:6], "big") == len(data) <= self._limit
+            and not data.startswith(SEND_COMMAND)
+            and not self._closed
+        ):
+            return (Command(data, None),)
+        if self._closed:
+            return ()
+        self._received += data
+        events: list[Command | Malformed] = []
+        while (event := self._next()) is not None:
+            events.append(event)
+        return tuple(events)
+
+    def stalled(self) -> Malformed:
+        """The rest of a partial command did not come in time: its size field was a lie, or the client is gone."""
+        prefixed = self._received.startswith(SEND_COMMAND)
+        return self._give_up(prefixed=prefixed, close=True)
+
+    def _next(self) -> Command | Malformed | None:
+        received = self._received
+        if len(received) < HEAD_SIZE or self._closed:
+            return None
+        if received.startswith(SEND_COMMAND):
+            start, size = PREFIX_SIZE, int.from_bytes(received[5:9], "big")
+            locality: int | None = received[4]
+        else:
+            start, size = 0, int.from_bytes(received[2:6], "big")
+            locality = None
+        if size < HEAD_SIZE:
+            return self._give_up(prefixed=locality is not None, close=False)
+        if size > self._limit:
+            return self._give_up(prefixed=locality is not None, close=True)
+        end = start + size
+        if len(received) < end:
+            return None
+        command = Command(bytes(received[start:end]), locality)
+        del received[:end]
+        return command
+
+    def _give_up(self, *, prefixed: bool, close: bool) -> Malformed:
+        self._received.clear()
+        self._closed = close
+        answer = error_response(ResponseCode.COMMAND_SIZE)
+        return Malformed(Command(b"", 0 if prefixed else None).frame(answer), close)
