@@ -107,7 +107,7 @@ class Engine(Protocol):
     def established(self) -> bool:
         """The tpmEstablished flag: whether a locality-4 hash sequence took place since it was last reset.
 
-        Needs a running TPM: EngineError.
+        No part of any state: it outlives `stop`, not the process. Needs a running TPM: EngineError.
         """
 
     def reset_established(self, locality: int) -> None:
@@ -133,7 +133,7 @@ class Engine(Protocol):
         """Hand in state for the next `start`; None takes it back (the permanent state along with its volatile state).
 
         The TPM must be off. Raises EngineError if the engine rejects it; all state handed in before is forgotten then,
-        as it is after the next `start`, whatever comes of that. Volatile state can only be judged after the permanent
+        and so it is once a `start` has put it to use, even in vain. Volatile state can only be judged after the permanent
         state it belongs to.
         """
 
