@@ -130,7 +130,7 @@ def decode_request(command: Command, body: bytes, fd: int = -1) -> Request:
 def encode_reply(reply: Reply) -> bytes:
     """The reply's bytes, result and body. Raises ValueError for a value that its field cannot hold."""
     result = reply.result if isinstance(reply, Failure | StateBlob) else TpmResult.SUCCESS
-    head = result.to_bytes(RESULT_SIZE, "big")
+    head = _number("result", result, RESULT_SIZE)
     return head if isinstance(reply, Failure) else head + _encode(REPLY_BODIES[type(reply)], reply)
 
 
