@@ -42,6 +42,7 @@ _STATE_TYPES: Final = {
     StateKind.SAVESTATE: TPMLIB_STATE_SAVE_STATE,
 }
 _LOCALITIES: Final = range(5)
+_VOLATILE_CHECKSUM_SIZE: Final = 20
 _HEAD_SIZE: Final = 10
 _WRONG_SIZE: Final = b"\xff\xff\xff\xff"
 
@@ -161,8 +162,9 @@ class LibtpmsEngine:
         permanent = self._present(StateKind.PERMANENT)
         # A new TPM has no volatile state; what may lie there belonged to another.
         volatile = None if permanent is None else self._present(StateKind.VOLATILE)
-        if permanent == b"":
-            # libtpms would take this for "no callback" and look for a file NVChip in the working directory.
+        # libtpms would take an empty permanent state for none at all and look for a file NVChip in the working
+        # directory, and leave a volatile state that cannot hold its own checksum aside in silence.
+        if permanent == b"" or (volatile is not None and len(volatile) < _VOLATILE_CHECKSUM_SIZE):
             raise EngineError("TPMLIB_MainInit", TpmResult.SIZE)
         self._callbacks.offer({StateKind.PERMANENT: permanent, StateKind.VOLATILE: volatile})
         try:

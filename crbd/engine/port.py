@@ -133,8 +133,8 @@ class Engine(Protocol):
         """Hand in state for the next `start`; None takes it back (the permanent state along with its volatile state).
 
         The TPM must be off. Raises EngineError if the engine rejects it; all state handed in before is forgotten then,
-        and so it is once a `start` has put it to use, even in vain. Volatile state can only be judged after the permanent
-        state it belongs to.
+        and so it is once a `start` has put it to use, even in vain. Volatile state can only be judged after the
+        permanent state it belongs to.
         """
 
     def set_profile(self, profile: str) -> None:
