@@ -145,3 +145,6 @@ class Engine(Protocol):
 
     def info(self, flags: int) -> str:
         """JSON text about the TPM (libtpms' TPMLIB_GetInfo; flags as there). Raises EngineError."""
+
+    def close(self) -> None:
+        """Power off and release the library. The engine is of no use afterwards; closing it twice is no error."""

@@ -115,6 +115,7 @@ class Instance:
                 self._state.commit()
             except StoreError as error:
                 log.error("%s; the last change to the TPM is lost", error)
+            self._engine.close()
             self._store.close()
 
     # -- the data channel

@@ -102,15 +102,16 @@ def _without_head(blob: bytes, name: str) -> tuple[BlobFlag, bytes]:
     if len(blob) < _HEAD.size:
         raise StateDamagedError(f"{name} is cut short: {len(blob)} bytes", "restore it from a backup")
     _, min_version, head_size, flags, total = _HEAD.unpack_from(blob)
+    if not _HEAD.size <= head_size <= len(blob):
+        raise StateDamagedError(f"{name} has a head of {head_size} bytes", "restore it from a backup")
+    if total != len(blob):
+        raise StateDamagedError(f"{name} should be {total} bytes long and is {len(blob)}", "restore it from a backup")
+    # After the length: of bytes that are no blob at all nobody should be told to look for a newer release.
     if min_version > VERSION:
         raise StateNewerError(
             f"{name} asks for a reader of blob version {min_version}, this release reads up to {VERSION}",
             "use the release of swtpm or crbd that wrote it, or a newer one",
         )
-    if not _HEAD.size <= head_size <= len(blob):
-        raise StateDamagedError(f"{name} has a head of {head_size} bytes", "restore it from a backup")
-    if total != len(blob):
-        raise StateDamagedError(f"{name} should be {total} bytes long and is {len(blob)}", "restore it from a backup")
     return BlobFlag(flags), blob[head_size:]
 
 
