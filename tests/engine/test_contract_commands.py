@@ -108,6 +108,8 @@ def test_a_command_longer_than_the_buffer_has_the_wrong_size(started: Engine, si
     honest = struct.pack(">HII", 0x8001, size, 0x17B) + b"\0" * (size - 10)
     assert c.code(started.execute(honest)) == c.COMMAND_SIZE
     assert c.code(started.execute(c.GET_RANDOM + b"\0" * (size - 12))) == c.COMMAND_SIZE
+    cut = struct.pack(">HII", 0x8001, 4096, 0x17B) + b"\0" * (size - 10)
+    assert c.code(started.execute(cut)) == c.COMMAND_SIZE
     assert c.code(started.execute(c.GET_RANDOM)) == c.SUCCESS
 
 
@@ -126,6 +128,12 @@ def test_the_buffer_size_set_is_the_one_in_force(engine: Engine) -> None:
     engine.execute(c.STARTUP_CLEAR)
     size = before.maximum - 7
     assert c.code(engine.execute(struct.pack(">HII", 0x8001, size, 0x17B) + bytes(size - 10))) == c.COMMAND_SIZE
+
+
+def test_a_new_engine_has_the_largest_buffer(engine_factory: EngineFactory, port: MemoryStatePort) -> None:
+    engine_factory(port).buffer_size(1)
+    size = engine_factory(port).buffer_size()
+    assert size.current == size.maximum
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

@@ -21,6 +21,7 @@ from crbd.engine.declarations import DECLARATIONS, load
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.errors import EngineError, EngineMissingError
 from crbd.state.kinds import StateKind
+from crbd.tpm.results import TpmResult
 
 from . import commands as c
 from .conftest import MemoryStatePort
@@ -117,6 +118,7 @@ import sys
 from pathlib import Path
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.state.kinds import StateKind
+from crbd.tpm.results import TpmResult
 
 class Nowhere:
     def load(self, kind): return None
@@ -238,6 +240,21 @@ def test_a_failing_load_callback_never_makes_libtpms_manufacture(libtpms: Libtpm
     assert port.stores == []
     with pytest.raises(KeyError):
         libtpms._callbacks.reraise()
+
+
+def test_after_a_failed_callback_the_port_is_left_alone(libtpms: LibtpmsEngine, port: MemoryStatePort) -> None:
+    """A TPM that libtpms goes on building on state it did not get must not be stored."""
+    callbacks = libtpms._callbacks
+    port.store_error = OSError("no space")
+    assert callbacks._on_store(0, 0, 0, b"permall") == TpmResult.FAIL
+    port.store_error = None
+    assert callbacks._on_store(0, 0, 0, b"permall") == TpmResult.FAIL
+    assert port.stores == []
+    with pytest.raises(OSError, match="no space"):
+        callbacks.reraise()
+    assert callbacks._on_store(0, 0, 0, b"a name libtpms does not use") == TpmResult.FAIL
+    with pytest.raises(ValueError, match="does not use"):
+        callbacks.reraise()
 
 
 def test_libtpms_is_silent_unless_asked(
