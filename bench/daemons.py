@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import commands
 
@@ -149,16 +150,21 @@ class Daemon:
                 connection.sendall(commands.get_capability())
                 response = connection.recv(4096)
             except OSError as error:
-                self._check_alive()
-                raise DidNotRunError(f"{self.subject}: no answer to the first command: {error}") from error
+                self._explain(f"no answer to the first command: {error}")
             if not response:
-                self._check_alive()
-                raise DidNotRunError(f"{self.subject}: closed the connection at the first command")
+                self._explain("closed the connection at the first command")
             if commands.response_code(response) == commands.RC_SUCCESS:
                 connection.settimeout(None)
                 return connection
             time.sleep(0.0005)
         raise DidNotRunError(f"{self.subject}: the TPM does not start: {commands.response_code(response):#x}")
+
+    def _explain(self, what: str) -> NoReturn:
+        """Raise DidNotRunError: what the daemon said, if this was its end, else `what`."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        self._check_alive()
+        raise DidNotRunError(f"{self.subject}: {what}")
 
     def _check_alive(self) -> None:
         status = self._process.poll()

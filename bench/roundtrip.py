@@ -43,7 +43,8 @@ RSS_LIMIT_MB = 40.0
 class Line:
     """One line of the round trip table.
 
-    Times are in microseconds. `ratios` are p50 as multiples of swtpm's: of all samples, then the quartiles over rounds.
+    Times are in microseconds. `ratios` are p50 as multiples of swtpm's p50 in the same round: median and quartiles over
+    all rounds. The machine's speed changes within a run, and such a ratio feels that less than one over all samples.
     """
 
     layout: str
@@ -90,9 +91,8 @@ def lines_of(trips: RoundTrips) -> list[Line]:
 
 
 def _ratios(batches: list[list[int]], swtpm: list[list[int]]) -> tuple[float, float, float]:
-    whole = [Summary.of([sample for batch in side for sample in batch]).p50 for side in (batches, swtpm)]
-    rounds = sorted(Summary.of(own).p50 / Summary.of(other).p50 for own, other in zip(batches, swtpm, strict=False))
-    return whole[0] / whole[1], percentile(rounds, 0.25), percentile(rounds, 0.75)
+    ratios = sorted(Summary.of(own).p50 / Summary.of(other).p50 for own, other in zip(batches, swtpm, strict=False))
+    return percentile(ratios, 0.50), percentile(ratios, 0.25), percentile(ratios, 0.75)
 
 
 def judge(report: Report) -> list[Verdict]:
@@ -121,9 +121,7 @@ def show(report: Report) -> None:
         print(f"\nRound trips in µs, {layout.name} (client on CPU {layout.client}, daemon on CPU {layout.daemon})\n")
         rows = [_round_trip_row(line) for line in lines_of(trips)]
         print(table(("operation", "subject", "samples", "p50", "p90", "p99", "/ swtpm", "quartiles"), rows))
-    print(
-        "\nThe ratio is p50 / p50 over all samples; the quartiles are those of the ratios within each round: its noise."
-    )
+    print("\nThe ratio to swtpm is that of the p50 of two batches in one round: median and quartiles over all rounds.")
     durable = "is synced (fsync option)" if "fsync" in report.machine["swtpm"] else "is written, but not synced to disk"
     print(f"NV_Write: before crbd answers, the new state is synced to disk; before swtpm answers, it {durable}.")
     print("\nStart (with existing state, exec to first answered command, in ms) and memory after it (MB)\n")
