@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crbd.control import messages as m
-from crbd.control.client import ReplyDecoder
+from crbd.control.client import MAX_BUFFERED, ReplyDecoder
 from crbd.control.spec import MAX_STATE_BLOB
 from crbd.errors import WireError
 
@@ -39,6 +39,18 @@ def test_any_cuts(samples: list[tuple[type[m.Request], bytes, m.Reply]], places:
         while (reply := decoder.next_reply()) is not None:
             replies.append(reply)
     assert replies == [reply for _, _, reply in samples]
+
+
+def test_replies_that_were_fetched_are_not_held() -> None:
+    blob = m.StateBlob(0, total_length=MAX_STATE_BLOB, data=bytes(MAX_STATE_BLOB))
+    data = m.encode_reply(blob)
+    decoder = ReplyDecoder()
+    for _ in range(MAX_BUFFERED // len(data) + 2):
+        decoder.expect(m.GetStateBlob)
+        decoder.receive(data)
+        assert decoder.next_reply() == blob
+    with pytest.raises(WireError):
+        decoder.receive(bytes(MAX_BUFFERED + 1))
 
 
 def test_refusal_of_get_stateblob_in_4_bytes_is_taken_only_at_the_end() -> None:

@@ -149,7 +149,17 @@ def test_end_of_stream() -> None:
     connection.end_of_stream()
     assert not connection.partial
     assert events_of(connection) == [Received(m.GetCapability())]
-    assert feed(connection, [(b"\0\0\0\1", ())]) == []
+    assert feed(connection, [(b"\0\0\0\1", ()), (b"\0\0", ())]) == []
+    assert not connection.partial
+
+
+def test_declared_size_grows_only_once_the_count_is_whole() -> None:
+    connection = ControlConnection()
+    sizes = []
+    for piece, _ in single(HASH_DATA + b"\0\1\0\0"):
+        connection.receive(piece)
+        sizes.append(connection.declared_size)
+    assert sizes == [4, 4, 4, 8, 8, 8, 8, 8 + 0x10000]
 
 
 STREAMS = st.lists(
