@@ -65,8 +65,7 @@ class ControlChannel:
         except OSError as error:
             log.info("control connection broke: %s", error.strerror)
         finally:
-            connection.end_of_stream()
-            _close_all(connection.unclaimed_fds())
+            _close_all(connection.abandon())
             connected.close()
 
     async def _converse(self, connected: trio.socket.SocketType, connection: ControlConnection) -> None:
@@ -76,7 +75,6 @@ class ControlChannel:
                 deadline = None
                 if not await self._answer_event(connected, event):
                     return
-            _close_all(connection.unclaimed_fds())
             if not connection.partial:
                 deadline = None
             elif deadline is None:
@@ -91,6 +89,7 @@ class ControlChannel:
                 _close_all(descriptors)
                 return
             connection.receive(data, descriptors)
+            _close_all(connection.unclaimed_fds())
 
     async def _answer_event(self, connected: trio.socket.SocketType, event: Received | Rejected) -> bool:
         """Answer; False if the conversation is over."""

@@ -12,16 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from crbd.control import messages as m
-from crbd.control.spec import BY_REQUEST, CAPABILITIES, Needs
+from crbd.control.spec import BY_REQUEST, CAPABILITIES, MAX_INFO, Needs
 from crbd.errors import EngineError, StateDamagedError, StateError, StateNewerError, StateSealedError, StoreError
 from crbd.service.instance import Instance
 from crbd.state.kinds import StateKind
 from crbd.tpm.results import TpmResult
 
 log = logging.getLogger(__name__)
-
-INFO_PIECE = 3072
-"""Bytes of GET_INFO text in one reply (swtpm's buffer)."""
 
 
 class ControlService:
@@ -115,15 +112,15 @@ def _reset_tpmestablished(instance: Instance, request: m.ResetTpmEstablished) ->
     return m.Done()
 
 
-def _kind(blob_type: int) -> StateKind:
+def _kind(blob_type: int, refusal: TpmResult) -> StateKind:
     try:
         return StateKind(blob_type)
     except ValueError:
-        raise EngineError(f"state blob of type {blob_type}", TpmResult.BAD_PARAMETER) from None
+        raise EngineError(f"state blob of type {blob_type}", refusal) from None
 
 
 def _get_stateblob(instance: Instance, request: m.GetStateBlob) -> m.Reply:
-    blob = instance.state_blob(_kind(request.blob_type))
+    blob = instance.state_blob(_kind(request.blob_type, TpmResult.FAIL))
     if blob is None:
         return m.refuse(m.GetStateBlob, TpmResult.RETRY)
     piece = blob[request.offset :]
@@ -134,7 +131,7 @@ def _get_stateblob(instance: Instance, request: m.GetStateBlob) -> m.Reply:
 def _set_stateblob(instance: Instance, request: m.SetStateBlob) -> m.Reply:
     if request.flags & m.StateFlag.ENCRYPTED:
         raise EngineError("SET_STATEBLOB with a blob encrypted by a state key", TpmResult.KEY_NOT_FOUND)
-    instance.set_state_blob(_kind(request.blob_type), request.data)
+    instance.set_state_blob(_kind(request.blob_type, TpmResult.BAD_PARAMETER), request.data)
     return m.Done()
 
 
@@ -153,7 +150,7 @@ def _get_info(instance: Instance, request: m.GetInfo) -> m.Reply:
     text = instance.info(request.flags).encode() + b"\0"
     if request.offset >= len(text) - 1:
         return m.Failure(TpmResult.BAD_PARAMETER)
-    return m.Info(len(text), text[request.offset : request.offset + INFO_PIECE])
+    return m.Info(len(text), text[request.offset : request.offset + MAX_INFO])
 
 
 def _lock_storage(instance: Instance, request: m.LockStorage) -> m.Reply:

@@ -272,6 +272,9 @@ class Instance:
         if StateKind.PERMANENT not in self._handed_in and self._state.load(StateKind.PERMANENT) is None:
             self._refuse_unless_new_is_allowed()
             log.info("making a new TPM in %s", self._store.name)
+        if StateKind.PERMANENT in self._handed_in and StateKind.VOLATILE not in self._handed_in:
+            # What lies there belongs to the TPM that was here before.
+            self._state.delete(StateKind.VOLATILE)
         try:
             self._engine.start()
         except (EngineError, StateError):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from hypothesis import settings
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.state.kinds import StateKind
-
-settings.register_profile("quick", max_examples=200, deadline=None)
-settings.register_profile("nightly", max_examples=20_000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 class MemoryStatePort:

@@ -10,7 +10,10 @@ from crbd.store.memory import MemoryStore
 
 
 class FailingStore(MemoryStore):
-    """In memory; while `full` is set commits fail, while `lock_refusals` is above 0 so does locking. `commits` counts the good ones."""
+    """In memory. While `full` is set commits fail; while `lock_refusals` is above 0 so does locking.
+
+    `commits` counts the good ones.
+    """
 
     def __init__(self, initial: Mapping[StateKind, bytes] | None = None) -> None:
         super().__init__(initial)

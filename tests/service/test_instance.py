@@ -394,6 +394,21 @@ def test_store_volatile_resumes_and_delete_volatile_does_not_a_second_time() -> 
     second.instance.close()
 
 
+def test_a_permanent_blob_alone_is_not_joined_with_another_tpms_volatile_state() -> None:
+    here = Real(InstanceOptions(may_manufacture=True, auto_shutdown=False))
+    here.instance.init(delete_volatile=False)
+    here.run(c.STARTUP_CLEAR)
+    here.instance.store_volatile()
+    blob = here.instance.state_blob(PERMANENT)
+    assert blob is not None
+    here.instance.stop()
+    here.instance.set_state_blob(PERMANENT, blob)
+    here.instance.init(delete_volatile=False)
+    assert response_code(here.run(c.pcr_read(16))) == c.INITIALIZE, "a power-on without volatile state"
+    assert here.store.load(VOLATILE) is None
+    here.instance.close()
+
+
 def test_a_blob_is_taken_back_by_an_empty_one_and_rejected_when_wrong() -> None:
     bench = Real(InstanceOptions())
     with pytest.raises(StateDamagedError, match="permall state blob"):
