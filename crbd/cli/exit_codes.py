@@ -9,7 +9,8 @@ from crbd.errors import OperatorError
 
 _HEAD = """# Exit codes
 
-`crbd` ends with one of these. Every code but 0 comes with one line on standard error that names the file or the option and says what to do.
+`crbd` ends with one of these. Every code but 0 comes with one line on standard error that names the file or the option
+and says what to do.
 
 | code | error | meaning |
 |---|---|---|
