@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import commands
@@ -208,6 +209,20 @@ def bound_to(cpus: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def unwind_at_sigterm() -> None:
+    """From now on SIGTERM ends this process as an exception does, so that daemons and states are taken away."""
+
+    def unwind(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)
+
+
+def load_average() -> str:
+    """Processes that wanted a CPU at once: over the last 1, 5 and 15 minutes."""
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
 def find_programs(python: str, swtpm: str, swtpm_fsync: bool, scratch: Path) -> Programs:
     """Settle what will be executed; compiles echo.c into `scratch`. Raises DidNotRunError if swtpm lacks the option."""
     if swtpm_fsync and "tpmstate-dir-backend-opt-fsync" not in _output(
@@ -235,7 +250,7 @@ def describe_machine(programs: Programs, scratch: Path) -> dict[str, str]:
         "cpu": f"{model}, {os.cpu_count()} CPUs, allowed here: {sorted(os.sched_getaffinity(0))}",
         "governor": governor.read_text().strip() if governor.exists() else "unknown",
         "kernel": os.uname().release,
-        "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
+        "load before": load_average(),
         "python (client)": sys.version.split()[0],
         "python (crbd)": _output(programs.python, "--version"),
         "swtpm": _output(programs.swtpm, "--version").split(",")[0] + (" with fsync" if programs.swtpm_fsync else ""),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import commands
 import control
-from daemons import TPMS, Daemon, DidNotRunError, Programs, bound_to, describe_machine, find_programs
+from daemons import TPMS, Daemon, DidNotRunError, Programs, bound_to, describe_machine, find_programs, unwind_at_sigterm
 from figures import Summary, table
 
 PACE_MS = 1
@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", default="/var/tmp", help="where the states live while measured (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, too")
     options = parser.parse_args(arguments)
+    unwind_at_sigterm()
     allowed = os.sched_getaffinity(0)
     cpus = {min(allowed)} if options.cpus == "1" else allowed
     try:

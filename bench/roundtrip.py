@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from daemons import CRBD, SUBJECTS, SWTPM, TPMS, DidNotRunError, Programs, describe_machine, find_programs
+from daemons import (
+    CRBD,
+    SUBJECTS,
+    SWTPM,
+    TPMS,
+    DidNotRunError,
+    Programs,
+    describe_machine,
+    find_programs,
+    load_average,
+    unwind_at_sigterm,
+)
 from figures import Summary, percentile, table
 from measure import (
     CRYPTO,
@@ -216,6 +227,8 @@ def measure(options: argparse.Namespace, programs: Programs, scratch: Path) -> R
         report.trips.append(bench.round_trips(layout, subjects))
     report.starts = bench.starts(layouts[-1], [subject for subject in subjects if subject in TPMS])
     _progress("")
+    report.machine["load after"] = load_average()
+    print(f"{'load after:':17}{report.machine['load after']}")
     return report
 
 
@@ -227,6 +240,7 @@ def _progress(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report. Returns the exit status."""
     options = parse(arguments)
+    unwind_at_sigterm()
     try:
         with tempfile.TemporaryDirectory(prefix="crbd-bench-", dir=options.dir) as scratch:
             programs = find_programs(options.python, options.swtpm, options.swtpm_fsync, Path(scratch))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from daemons import CRBD, TPMS, Daemon, DidNotRunError, Programs, describe_machine, find_programs
+from daemons import CRBD, TPMS, Daemon, DidNotRunError, Programs, describe_machine, find_programs, unwind_at_sigterm
 from figures import Trend
 from traffic import Traffic, WrongAnswerError
 
@@ -165,6 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Soak and report. Returns the exit status."""
     options = parse(arguments)
+    unwind_at_sigterm()
     print(f"seed: {options.seed}", flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="crbd-bench-", dir=options.dir) as scratch:
