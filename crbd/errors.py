@@ -48,6 +48,13 @@ class StoreError(CrbdError):
     """
 
 
+class StoreFencedError(StoreError):
+    """The state moved on under this process: another writer committed, or the file was replaced or removed.
+
+    Nothing was written. Trying again is of no use: this process's TPM is no longer the one on disk, and it must end.
+    """
+
+
 class OperatorError(CrbdError):
     """Ends the start (or the command): `what` is wrong, and `remedy` says what to do about it.
 
@@ -117,6 +124,27 @@ class StateAccessError(StateError):
 
     exit_code = 16
     meaning = "the operating system refuses access to the TPM state"
+
+
+class StateEmptyError(StateError):
+    """The file is there and holds nothing: no crbd leaves it so."""
+
+    exit_code = 17
+    meaning = "the file that should hold the TPM state is empty"
+
+
+class StateUnfinishedError(StateError):
+    """The making of a new state was interrupted before its first commit. No TPM was lost."""
+
+    exit_code = 18
+    meaning = "the making of a new TPM was interrupted before anything was stored"
+
+
+class StateForeignError(StateError):
+    """The file holds something else: another program's data, or another layout of TPM state."""
+
+    exit_code = 19
+    meaning = "the file holds something other than TPM state in the layout that was expected"
 
 
 class EngineMissingError(OperatorError):
