@@ -53,6 +53,8 @@ HASH_DATA: Final = 2
 HASH_END: Final = 4
 """Of LOC_CTRL at locality 4."""
 HASH_LOCALITY: Final = 4
+_QEMU_7_2_FAILURE: Final = bytes.fromhex("00c4 0000000a 00000009")
+"""What QEMU's backend leaves in the buffer after a failure: a TPM 1.2 response, TPM_FAIL."""
 _RESETS_ESTABLISHED: Final = 3
 _INT_ENABLE_BYTES: Final = b"\x1f\x00\x00\x80"
 """The bits of INT_ENABLE that the device has, lane by lane."""
@@ -289,7 +291,9 @@ class CrbDevice(CommandInterface):
         self._pages.set_fatal()
         if self._executor != self._pages.owner:
             state = State.IDLE
-        elif not self._keeps_tail:
+        elif self._keeps_tail:
+            self._pages.buffer[: len(_QEMU_7_2_FAILURE)] = _QEMU_7_2_FAILURE
+        else:
             self._pages.buffer[:] = self._zeros
         self._finish(state)
 

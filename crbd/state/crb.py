@@ -49,7 +49,7 @@ _U32 = Struct("<I")
 _COMPLETED = 1
 _TRANSFER = 2
 _NOBODY_BYTE = 0xFF
-_CHUNKS = 1 << 15
+_CHUNKS = 1 << 10
 """INTF_ID.CapCRBChunk."""
 
 
