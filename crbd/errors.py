@@ -147,18 +147,11 @@ class StateForeignError(StateError):
     meaning = "the file holds something other than TPM state in the layout that was expected"
 
 
-class StateForeignError(StateError):
+class StateIdentityError(StateError):
     """The state belongs to another instance than the one it was opened for."""
 
-    exit_code = 17
+    exit_code = 41
     meaning = "the TPM state belongs to another instance (its UUID is another)"
-
-
-class StateInterruptedError(StateError):
-    """The making of a new TPM was begun here and never completed."""
-
-    exit_code = 18
-    meaning = "the making of a new TPM was interrupted"
 
 
 class StateWrongKeyError(StateSealedError):
@@ -168,31 +161,17 @@ class StateWrongKeyError(StateSealedError):
     meaning = "the TPM state is encrypted and none of the given keys opens it"
 
 
-class StateEmptyError(StateError):
-    """The state is there and holds nothing."""
-
-    exit_code = 41
-    meaning = "the TPM state is an empty file"
-
-
-class StateLayoutError(StateError):
-    """The state is in another program's layout than the one asked for."""
-
-    exit_code = 42
-    meaning = "the TPM state is in another layout than expected (swtpm's where crbd's was asked for)"
-
-
 class StateDowngradeError(StateError):
     """The state cannot be written in the older form that was asked for without losing something."""
 
-    exit_code = 43
+    exit_code = 42
     meaning = "the TPM state cannot be written in the older format: something would be lost"
 
 
 class StateUnsealedError(StateError):
     """A key was given, and the state is not encrypted: it may have been put there by someone without the key."""
 
-    exit_code = 44
+    exit_code = 43
     meaning = "a key was given and the TPM state is not encrypted"
 
 
