@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 
 from crbd.engine.port import BufferSize, Engine, StatePort
-from crbd.errors import EngineError, StateAbsentError, StateDamagedError, StateError, StoreError
+from crbd.errors import EngineError, EngineFailedError, StateAbsentError, StateDamagedError, StateError, StoreError
 from crbd.service.durable import DurableState
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.kinds import StateKind
@@ -97,11 +97,13 @@ class Instance:
                 return
             self._power_on(delete_volatile=False)
             if startup.startup_type is not None:
-                response = self._run(startup_command(startup.startup_type))
-                code = response_code(response)
-                if code != ResponseCode.SUCCESS:
-                    raise EngineError(
-                        f"TPM2_Startup({startup.startup_type.name})", code if code is not None else TpmResult.FAIL
+                code = response_code(self._run(startup_command(startup.startup_type)))
+                if code == ResponseCode.INITIALIZE:
+                    log.info("the TPM goes on from its stored volatile state; it is started already")
+                elif code != ResponseCode.SUCCESS:
+                    raise EngineFailedError(
+                        f"TPM2_Startup({startup.startup_type.name}) was answered with 0x{code or 0:x}",
+                        "choose another startup with --flags",
                     )
 
     def close(self) -> None:
@@ -213,9 +215,16 @@ class Instance:
             self._state.commit()
 
     def state_blob(self, kind: StateKind) -> bytes | None:
-        """The state in swtpm's migration form; None where there is none. Raises EngineError."""
+        """The state in swtpm's migration form; None where there is none. Raises EngineError, StoreError, StateError.
+
+        Stored volatile state is removed when the volatile state is handed out, as swtpm does: who has the blob goes
+        on from it, and it must not be used twice.
+        """
         with self._lock:
             data = self._engine.get_state(kind)
+            if kind is StateKind.VOLATILE and self._state.load(StateKind.VOLATILE) is not None:
+                self._state.delete(StateKind.VOLATILE)
+                self._state.commit()
         return None if data is None else encode_migration(data)
 
     def set_state_blob(self, kind: StateKind, blob: bytes) -> None:

@@ -10,7 +10,7 @@ import pytest
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import EngineError, StateAbsentError, StateDamagedError, StoreError
+from crbd.errors import EngineError, EngineFailedError, StateAbsentError, StateDamagedError, StoreError
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.kinds import StateKind
@@ -221,7 +221,7 @@ def test_begin(startup: Startup, sent: list[bytes] | None) -> None:
 def test_begin_with_startup_state_refuses_where_there_is_nothing_to_resume() -> None:
     bench = Real(InstanceOptions(startup=Startup.STATE, may_manufacture=True))
     try:
-        with pytest.raises(EngineError, match=r"TPM2_Startup\(STATE\)"):
+        with pytest.raises(EngineFailedError, match=r"TPM2_Startup\(STATE\) was answered with 0x"):
             bench.instance.begin()
     finally:
         bench.instance.close()
@@ -392,6 +392,36 @@ def test_store_volatile_resumes_and_delete_volatile_does_not_a_second_time() -> 
     second.instance.init(delete_volatile=False)
     assert response_code(second.run(c.pcr_read(16))) == c.INITIALIZE
     second.instance.close()
+
+
+def test_a_daemon_start_goes_on_from_stored_volatile_state() -> None:
+    first = Real()
+    first.instance.init(delete_volatile=False)
+    first.run(c.STARTUP_CLEAR)
+    first.run(c.pcr_extend(16, b"\x11" * 32))
+    value = c.pcr_value(first.run(c.pcr_read(16)))
+    first.instance.store_volatile()
+    kept = {kind: first.store.load(kind) for kind in (PERMANENT, VOLATILE)}
+    first.instance.close()
+
+    second = Real(InstanceOptions(startup=Startup.CLEAR))
+    second.store.commit(kept)
+    second.instance.begin()
+    assert c.pcr_value(second.run(c.pcr_read(16))) == value
+    second.instance.close()
+
+
+def test_volatile_state_that_is_handed_out_is_no_longer_stored() -> None:
+    bench = Real()
+    bench.instance.init(delete_volatile=False)
+    bench.run(c.STARTUP_CLEAR)
+    bench.instance.store_volatile()
+    assert bench.store.load(VOLATILE) is not None
+    bench.instance.state_blob(PERMANENT)
+    assert bench.store.load(VOLATILE) is not None
+    assert bench.instance.state_blob(VOLATILE) is not None
+    assert bench.store.load(VOLATILE) is None
+    bench.instance.close()
 
 
 def test_a_permanent_blob_alone_is_not_joined_with_another_tpms_volatile_state() -> None:
