@@ -35,9 +35,11 @@ _OPENING = """\
 <!-- Written by `python -m crbd.control.document`; edit crbd/control/spec.py and crbd/control/document.py instead. -->
 
 The control channel is swtpm's: QEMU, libvirt, swtpm_ioctl and swtpm_setup use it unchanged. One client at a time is
-served, any number one after the other. All numbers are big-endian. A request is a 32-bit command code and a body; a
-reply is a 32-bit TPM_RESULT and, if that is 0, a body. An error reply is the result alone, 4 bytes, with one exception:
-a refused GET_STATEBLOB is a whole head of 16 bytes, since QEMU reads that many before it looks at the result.
+served, any number one after the other: a second one's first request waits until the first client is gone. Only crbd's
+own commands (codes from 0xc0) are answered to any client at any time. All numbers are big-endian. A request is a
+32-bit command code and a body; a reply is a 32-bit TPM_RESULT and, if that is 0, a body. An error reply is the result
+alone, 4 bytes, with one exception: a refused GET_STATEBLOB is a whole head of 16 bytes, since QEMU reads that many
+before it looks at the result.
 
 """
 

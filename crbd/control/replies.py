@@ -107,10 +107,18 @@ class Info:
 
 
 @dataclass(frozen=True, slots=True)
+class Registers:
+    """The CRB registers: one 4 KiB page per locality, locality 0 first, little-endian as a guest reads them."""
+
+    localities: int
+    pages: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error: the result alone, whatever the success reply would have held. `result` is never 0."""
 
     result: int
 
 
-Reply = Done | Capabilities | Established | StateBlob | Config | BufferSizes | Info | Failure
+Reply = Done | Capabilities | Established | StateBlob | Config | BufferSizes | Info | Registers | Failure

@@ -1,4 +1,4 @@
-"""The 19 requests of the swtpm control channel as values.
+"""The requests of the control channel as values: swtpm's 19, and crbd's own.
 
 Their codes, their bytes and what the TPM must be for them stand in `crbd.control.spec`.
 """
@@ -145,6 +145,11 @@ class LockStorage:
     retries: int
 
 
+@dataclass(frozen=True, slots=True)
+class GetRegisters:
+    """Show the CRB registers as they are now, without touching them. crbd's own."""
+
+
 Request = (
     GetCapability
     | Init
@@ -165,4 +170,5 @@ Request = (
     | SetBufferSize
     | GetInfo
     | LockStorage
+    | GetRegisters
 )

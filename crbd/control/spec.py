@@ -26,6 +26,8 @@ MAX_STATE_BLOB = 512 << 10
 """The longest state blob in bytes (swtpm's limit for SET_STATEBLOB)."""
 MAX_INFO = 3 << 10
 """The most text bytes in one reply of GET_INFO (PTM_GETINFO_SIZE)."""
+MAX_PAGES = 5 << 12
+"""Most bytes of register pages: five localities."""
 PADDING = 3
 """Bytes behind SET_LOCALITY and RESET_TPMESTABLISHED from clients that send the whole 4-byte union, as QEMU does."""
 
@@ -99,7 +101,7 @@ class Command:
     name: str
     """Without its prefix CMD_."""
     capability: Capability
-    """The bit that promises this command; none for the command that asks for the bits."""
+    """The bit that promises this command; none for the command that asks for the bits and for crbd's own."""
     request: type[Request]
     body: Layout
     """Of the request, behind the code."""
@@ -114,6 +116,8 @@ class Command:
     """Answered although a TPM command executes, without waiting for it."""
     padded: bool = False
     """Some clients send up to `PADDING` further bytes of any value behind the body."""
+    extension: bool = False
+    """crbd's own: answered to any client, also while another one has the channel."""
     whole_head: bool = False
     """A refusal too has all fixed bytes of the reply, because QEMU reads that many before it looks at the result."""
 
@@ -220,6 +224,12 @@ COMMANDS: tuple[Command, ...] = (
         0x13, "LOCK_STORAGE", Capability.LOCK_STORAGE, requests.LockStorage, Layout((Number("retries", 4),)),
         replies.Done, _EMPTY, Needs.ANYTHING,
         "Locks the storage again after a state blob was handed out, trying every 10 ms.",
+    ),
+    Command(
+        0xC0, "GET_REGISTERS", Capability(0), requests.GetRegisters, _EMPTY,
+        replies.Registers, Layout((Number("localities", 4), Data("pages", MAX_PAGES))), Needs.ANYTHING,
+        "Shows the CRB registers as they are: a 4 KiB page per locality. crbd's own; any client may ask at any time.",
+        while_executing=True, extension=True,
     ),
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The control channel: one client at a time, its requests answered in order.
+"""The control channel: one client has it at a time, its requests are answered in order; crbd's own commands anybody
+may send.
 
 A request that has to wait for the TPM is carried out in a worker thread; one that must not wait (`while_executing` in
 the table: above all CANCEL_TPM_CMD) is answered at once, on the loop. A client that stops in the middle of a request
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import array
 import logging
+import math
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from enum import Enum
 
 import trio
 
@@ -30,6 +33,8 @@ STALL_BYTES_PER_SECOND = 1024 * 1024
 """A request that declares a long body gets a second more for every so many bytes."""
 SEND_TIMEOUT = 5.0
 """Seconds that a client may let a reply lie before it is dropped."""
+MAX_CLIENTS = 16
+"""Clients connected at once, all but one of them waiting; further ones wait in the backlog."""
 MAX_DESCRIPTORS = 8
 """Descriptors taken in with one read; the kernel closes any beyond."""
 
@@ -39,8 +44,8 @@ _INT_SIZE = array.array("i").itemsize
 class ControlChannel:
     """The control side of one instance.
 
-    `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken.
-    `shut_down` is called after SHUTDOWN has been answered.
+    `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken. `shut_down`
+    is called after SHUTDOWN has been answered.
     """
 
     def __init__(
@@ -49,59 +54,34 @@ class ControlChannel:
         self._service = service
         self._attach = attach
         self._shut_down = shut_down
+        self._turn = trio.Lock()
 
     async def serve_listener(self, listener: socket.socket) -> None:
-        """Serve the clients of a listening socket one after the other, for ever."""
+        """Serve the clients of a listening socket, for ever."""
         accepting = trio.socket.from_stdlib_socket(listener)
-        while True:
-            accepted, _ = await accepting.accept()
+        places = trio.Semaphore(MAX_CLIENTS)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await places.acquire()
+                accepted, _ = await accepting.accept()
+                nursery.start_soon(self._serve_at, places, accepted)
+
+    async def _serve_at(self, places: trio.Semaphore, accepted: trio.socket.SocketType) -> None:
+        try:
             await self.serve_connected(accepted)
+        finally:
+            places.release()
 
     async def serve_connected(self, connected: trio.socket.SocketType) -> None:
         """Serve one client until it is gone or dropped. The socket is closed then."""
-        connection = ControlConnection()
+        conversation = _Conversation(connected, self._turn, self._reply)
         try:
-            await self._converse(connected, connection)
+            if await conversation.run() is _End.SHUTDOWN:
+                self._shut_down()
         except OSError as error:
             log.info("control connection broke: %s", error.strerror)
         finally:
-            _close_all(connection.abandon())
-            connected.close()
-
-    async def _converse(self, connected: trio.socket.SocketType, connection: ControlConnection) -> None:
-        deadline: float | None = None
-        while True:
-            while (event := connection.next_event()) is not None:
-                deadline = None
-                if not await self._answer_event(connected, event):
-                    return
-            if not connection.partial:
-                deadline = None
-            elif deadline is None:
-                deadline = trio.current_time() + STALL_TIMEOUT
-            allowance = connection.declared_size / STALL_BYTES_PER_SECOND
-            with trio.move_on_at(float("inf") if deadline is None else deadline + allowance) as patience:
-                data, descriptors = await _receive(connected)
-            if patience.cancelled_caught:
-                log.warning("control client stopped in the middle of a request; dropped")
-                return
-            if not data:
-                _close_all(descriptors)
-                return
-            connection.receive(data, descriptors)
-            _close_all(connection.unclaimed_fds())
-
-    async def _answer_event(self, connected: trio.socket.SocketType, event: Received | Rejected) -> bool:
-        """Answer; False if the conversation is over."""
-        if isinstance(event, Rejected):
-            log.warning("control request rejected: %s", event.reason)
-            return await _send(connected, m.encode_reply(m.Failure(event.result))) and not event.close
-        request = event.request
-        sent = await _send(connected, m.encode_reply(await self._reply(request)))
-        if isinstance(request, m.Shutdown):
-            self._shut_down()
-            return False
-        return sent
+            conversation.close()
 
     async def _reply(self, request: m.Request) -> m.Reply:
         if isinstance(request, m.SetDataFd):
@@ -109,6 +89,79 @@ class ControlChannel:
         if BY_REQUEST[type(request)].while_executing:
             return self._service.answer(request)
         return await trio.to_thread.run_sync(self._service.answer, request)
+
+
+class _End(Enum):
+    """How a conversation ended."""
+
+    CLIENT = "the client is gone, or dropped"
+    SHUTDOWN = "SHUTDOWN was answered"
+
+
+class _Conversation:
+    """One client. Its first request that is not crbd's own waits for `turn`, which it then holds to its end."""
+
+    def __init__(
+        self,
+        connected: trio.socket.SocketType,
+        turn: trio.Lock,
+        reply: Callable[[m.Request], Awaitable[m.Reply]],
+    ) -> None:
+        self._connected = connected
+        self._connection = ControlConnection()
+        self._turn = turn
+        self._has_turn = False
+        self._reply = reply
+
+    async def run(self) -> _End:
+        """Read and answer. Raises OSError when the connection breaks."""
+        deadline: float | None = None
+        while True:
+            while (event := self._connection.next_event()) is not None:
+                deadline = None
+                end = await self._answer(event)
+                if end is not None:
+                    return end
+            if not self._connection.partial:
+                deadline = None
+            elif deadline is None:
+                deadline = trio.current_time() + STALL_TIMEOUT
+            if not await self._read(deadline):
+                return _End.CLIENT
+
+    def close(self) -> None:
+        """Close the socket and every descriptor that came and was not taken; give the turn to the next."""
+        _close_all(self._connection.abandon())
+        self._connected.close()
+        if self._has_turn:
+            self._turn.release()
+
+    async def _read(self, deadline: float | None) -> bool:
+        """Take in what the client sends next; False if it is gone, or too late with the rest of a request."""
+        allowance = self._connection.declared_size / STALL_BYTES_PER_SECOND
+        with trio.move_on_at(math.inf if deadline is None else deadline + allowance) as patience:
+            data, descriptors = await _receive(self._connected)
+        if patience.cancelled_caught:
+            log.warning("control client stopped in the middle of a request; dropped")
+            return False
+        self._connection.receive(data, descriptors)
+        _close_all(self._connection.unclaimed_fds())
+        return bool(data)
+
+    async def _answer(self, event: Received | Rejected) -> _End | None:
+        """Answer; says how the conversation is over, if it is."""
+        if isinstance(event, Rejected):
+            log.warning("control request rejected: %s", event.reason)
+            read = await _send(self._connected, m.encode_reply(m.Failure(event.result)))
+            return None if read and not event.close else _End.CLIENT
+        request = event.request
+        if not self._has_turn and not BY_REQUEST[type(request)].extension:
+            await self._turn.acquire()
+            self._has_turn = True
+        read = await _send(self._connected, m.encode_reply(await self._reply(request)))
+        if isinstance(request, m.Shutdown):
+            return _End.SHUTDOWN
+        return None if read else _End.CLIENT
 
 
 async def _receive(connected: trio.socket.SocketType) -> tuple[bytes, tuple[int, ...]]:

@@ -32,6 +32,7 @@ REQUESTS: list[tuple[str, m.Request]] = [
     ("00000011 00000f80", m.SetBufferSize(0xF80)),
     ("00000012 8000000000000003 00000010 00000000", m.GetInfo(0x8000000000000003, 16)),
     ("00000013 0000012c", m.LockStorage(300)),
+    ("000000c0", m.GetRegisters()),
 ]
 
 REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
@@ -66,4 +67,5 @@ REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
     (m.GetInfo, "00000000 00000003 00000003 7b7d00", m.Info(3, b"{}\0")),
     (m.LockStorage, "00000009", m.Failure(9)),
     (m.LockStorage, "00000000", m.Done()),
+    (m.GetRegisters, "00000000 00000005 00000002 8100", m.Registers(5, b"\x81\0")),
 ]

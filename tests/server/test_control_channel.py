@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from crbd.server.control import MAX_CLIENTS
 from crbd.service.options import InstanceOptions
 from tests.engine import commands as c
 
@@ -208,6 +209,26 @@ async def test_a_second_client_waits_for_the_first(tmp_path: Path) -> None:
         assert await first.ask(GET_CONFIG, 8) == bytes(8)
         first.close()
         assert await second.receive(8) == bytes.fromhex("000000000001ffff")
+
+
+async def test_the_end_of_a_client_that_waits_is_no_trouble(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        first, second, third = await daemon.control(), await daemon.control(), await daemon.control()
+        assert await first.ask(GET_CONFIG, 8) == bytes(8)
+        await second.send(GET_CONFIG)
+        second.close()
+        await third.send(GET_CAPABILITY)
+        assert await first.ask(GET_CONFIG, 8) == bytes(8)
+        first.close()
+        assert await third.receive(8) == bytes.fromhex("000000000001ffff")
+
+
+async def test_more_clients_than_are_connected_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        clients = [await daemon.control() for _ in range(MAX_CLIENTS + 4)]
+        for client in clients:
+            assert await client.ask(GET_CAPABILITY, 8) == bytes.fromhex("000000000001ffff")
+            client.close()
 
 
 async def test_padding_is_no_stall(tmp_path: Path, patient_clock: MockClock) -> None:

@@ -22,8 +22,8 @@ from tests.cli.process import PATIENCE, ask, end, serving, wait_until
 from tests.engine import commands as c
 
 SHUTDOWN = bytes.fromhex("00000003")
-RESET = bytes.fromhex("0000000e 00000002 00000001 00000002 00000000")
-"""STOP, INIT that deletes volatile state which a STORE_VOLATILE may have left, and INIT without it."""
+RESET = bytes.fromhex("0000000e 00000002 00000001 00000002 00000000 00000005 00")
+"""STOP, INIT that deletes volatile state which a STORE_VOLATILE may have left, INIT without it, locality 0."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def say(path: Path, pieces: list[bytes], descriptors: int) -> bytes:
 
 def assert_alive(place: Path) -> None:
     """After the client, the TPM is what it was: it can be powered on and does its work."""
-    assert ask(place / "ctrl", RESET, 12) == bytes(12)
+    assert ask(place / "ctrl", RESET, 16) == bytes(16)
     assert c.code(ask(place / "data", c.STARTUP_CLEAR, 10)) == c.SUCCESS
     assert c.code(ask(place / "data", c.GET_RANDOM, 28)) == c.SUCCESS
 
