@@ -1,0 +1,197 @@
+"""The few system calls a store of fixed places in one file is made of, behind one small port.
+
+The port exists because the order of these calls is all that stands between a TPM and a power cut: the tests put a
+recorder in its place and play every crash.
+
+Theory. A new file is made under another name, `.NAME.new`, and gets its own by `publish` when its first contents are
+durable. So a file that has its name holds a whole state, always, and what is left of an interrupted creation bears the
+other name: that can be told from damage.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from crbd.errors import (
+    StateAbsentError,
+    StateAccessError,
+    StateError,
+    StateForeignError,
+    StateUnfinishedError,
+    StoreError,
+    StoreFencedError,
+)
+
+
+class BlockFile(Protocol):
+    """An open file. Offsets and sizes in bytes. Unless it says otherwise, a method raises OSError."""
+
+    @property
+    def published(self) -> bool:
+        """Whether the file has its name, durably."""
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """`size` bytes from `offset`, fewer only at the end of the file."""
+
+    def pwrite(self, data: bytes, offset: int) -> None:
+        """Write all of it; not yet durable. After an OSError any part of it may be written."""
+
+    def fdatasync(self) -> None:
+        """Everything written before is durable when this returns.
+
+        After an OSError nothing is known about any of it, and a second call that succeeds proves nothing: the kernel
+        may have dropped what it could not write. It must be written again.
+        """
+
+    def settle(self) -> None:
+        """Make sure that what `pread` returns is what the disk holds, not what an earlier process left in memory."""
+
+    def check_place(self) -> None:
+        """Raises StoreFencedError unless this file still has its name, or, unpublished, the name is still free;
+
+        StoreError where the directory is gone.
+        """
+
+    def publish(self) -> None:
+        """Give a new file its name, durably. Its contents must be durable. To be called again after an OSError."""
+
+    def close(self) -> None:
+        """Closing twice is no error. A file that was never published is removed."""
+
+
+class RegularFile:
+    """A `BlockFile` on a regular file or block device."""
+
+    def __init__(self, path: Path, descriptor: int, *, named: bool) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._named = named
+        self._name_is_durable = named
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool, writable: bool = True) -> RegularFile:
+        """Open what is at `path`; if nothing is and `create` is true, make a new empty file (mode 0600) without name.
+
+        Raises StateAbsentError, StateUnfinishedError (a creation was interrupted), StateForeignError (no file) or
+        StateAccessError.
+        """
+        path = path.absolute()
+        try:
+            return cls._open(path, writable)
+        except FileNotFoundError:
+            if not create:
+                raise _absent(path) from None
+        except OSError as error:
+            raise StateAccessError(
+                f"{path} cannot be opened: {error.strerror}", "name a file that this user may read and write"
+            ) from error
+        try:
+            _unnamed(path).unlink(missing_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            return cls(path, os.open(_unnamed(path), flags, 0o600), named=False)
+        except OSError as error:
+            raise StateAccessError(
+                f"{path} cannot be made: {error.strerror}", "make the directory, writable for this user"
+            ) from error
+
+    @classmethod
+    def _open(cls, path: Path, writable: bool) -> RegularFile:
+        access = os.O_RDWR if writable else os.O_RDONLY
+        # Without O_NONBLOCK a FIFO at the path would hold the start up for ever.
+        descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(descriptor)
+            raise StateForeignError(f"{path} is no file", "check the path; nothing was changed")
+        return cls(path, descriptor, named=True)
+
+    @property
+    def published(self) -> bool:
+        return self._name_is_durable
+
+    def fileno(self) -> int:
+        """The descriptor, for locks on the file itself."""
+        return self._descriptor
+
+    def pread(self, size: int, offset: int) -> bytes:
+        pieces = []
+        while size > 0 and (piece := os.pread(self._descriptor, size, offset)):
+            pieces.append(piece)
+            size -= len(piece)
+            offset += len(piece)
+        return b"".join(pieces)
+
+    def pwrite(self, data: bytes, offset: int) -> None:
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._descriptor, rest, offset)
+            rest = rest[written:]
+            offset += written
+
+    def fdatasync(self) -> None:
+        os.fdatasync(self._descriptor)
+
+    def settle(self) -> None:
+        os.fdatasync(self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def check_place(self) -> None:
+        here = self._path if self._named else _unnamed(self._path)
+        try:
+            found = os.stat(here, follow_symlinks=False)
+        except FileNotFoundError as error:
+            if not self._path.parent.exists():
+                raise StoreError(f"{self._path} cannot be written: its directory is gone") from error
+            raise StoreFencedError(f"{here} was removed while crbd used it") from error
+        own = os.fstat(self._descriptor)
+        if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+            raise StoreFencedError(f"{here} was replaced by another file while crbd used it")
+        if not self._named and os.path.lexists(self._path):
+            raise StoreFencedError(f"{self._path} was made by another program while crbd was making it")
+
+    def publish(self) -> None:
+        if not self._named:
+            _unnamed(self._path).rename(self._path)
+            self._named = True
+        if not self._name_is_durable:
+            _sync_directory(self._path.parent)
+            self._name_is_durable = True
+
+    def close(self) -> None:
+        if self._descriptor < 0:
+            return
+        if not self._named:
+            self._remove_unnamed()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _remove_unnamed(self) -> None:
+        """A leftover does no harm beyond its message, so that failing to remove it is no error."""
+        try:
+            self.check_place()
+            _unnamed(self._path).unlink()
+        except (OSError, StoreError):
+            return
+
+
+def _unnamed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _absent(path: Path) -> StateError:
+    if _unnamed(path).exists():
+        return StateUnfinishedError(
+            f"the making of {path} was interrupted before anything was stored in it", "run again with --create"
+        )
+    return StateAbsentError(f"{path} does not exist", "check the path, or make a new TPM there with --create")
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
