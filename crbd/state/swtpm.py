@@ -1,23 +1,36 @@
 """swtpm's saved form of one state blob: what lies in `tpm2-00.permall` and what travels in a migration.
 
-Layout (swtpm 0.7 to 0.11), big-endian:
+Layout (swtpm 0.1 to 0.11), big-endian:
 
     u8 version, u8 min_version, u16 head size (10), u16 flags, u32 total length (head included)
     then TLVs: u16 tag, u32 length, data
 
 A reader refuses a blob whose `min_version` is above what it knows, skips head bytes past the ten it knows, and skips
 tags it does not know. In a file the state lies in one DATA TLV. In a migration blob a MIGRATION_DATA TLV holds the
-DATA TLV. Either level may be encrypted instead (flags ENCRYPTED, MIGRATION_ENCRYPTED); this module names the
-encryption and refuses it, as crbd has no key of swtpm's form yet. Before version 1 of the head existed there were
-files without one; none was written for a TPM 2.0.
+DATA TLV. Either level may be encrypted instead (flags ENCRYPTED, MIGRATION_ENCRYPTED): ciphertext, HMAC and IV take
+the TLV's place (`crbd.state.swtpm_sealing`). Version 1 has no TLVs: the state, or its ciphertext, follows the head.
+Before there was a head there were files without one; no release wrote them for a TPM 2.0.
+
+Keys. A file read with a key must be encrypted (swtpm: the same): a plain one may have been put there by someone
+without the key. A migration blob may be plain although there is a migration key (swtpm: the same, so that a running
+TPM can be moved to a host that encrypts).
 """
 
 from __future__ import annotations
 
+import secrets
 from enum import IntEnum, IntFlag
 from struct import Struct
+from typing import Final, NamedTuple
 
-from crbd.errors import StateDamagedError, StateNewerError, StateSealedError
+from crbd.errors import (
+    StateDamagedError,
+    StateNewerError,
+    StateSealedError,
+    StateUnsealedError,
+    StateWrongKeyError,
+)
+from crbd.state.swtpm_sealing import Entropy, SwtpmKey
 
 MAX_BLOB = 512 * 1024
 """Bytes; swtpm's own upper bound for a state blob (SET_STATEBLOB). A TPM 2.0 has about 1 to 150 kB."""
@@ -50,40 +63,128 @@ class BlobTag(IntEnum):
     IVEC_ENCRYPTED_MIGRATION_DATA = 7
 
 
-def encode_file(state: bytes) -> bytes:
-    """The plain file form of an engine's state."""
-    return _with_head(_tlv(BlobTag.DATA, state), BlobFlag(0))
+class _Level(NamedTuple):
+    """One of the two levels at which a blob may be encrypted: its tags, its flags, and its key's name."""
+
+    plain: BlobTag
+    encrypted: BlobTag
+    vector: BlobTag
+    flag: BlobFlag
+    long_key: BlobFlag
+    key: str
+    option: str
 
 
-def decode_file(blob: bytes, name: str) -> bytes:
+_FILE: Final = _Level(
+    BlobTag.DATA,
+    BlobTag.ENCRYPTED_DATA,
+    BlobTag.IVEC_ENCRYPTED_DATA,
+    BlobFlag.ENCRYPTED,
+    BlobFlag.ENCRYPTED_256BIT_KEY,
+    "state key",
+    "--key",
+)
+_MIGRATION: Final = _Level(
+    BlobTag.MIGRATION_DATA,
+    BlobTag.ENCRYPTED_MIGRATION_DATA,
+    BlobTag.IVEC_ENCRYPTED_MIGRATION_DATA,
+    BlobFlag.MIGRATION_ENCRYPTED,
+    BlobFlag.MIGRATION_256BIT_KEY,
+    "migration key",
+    "--migration-key",
+)
+
+
+class _Blob(NamedTuple):
+    version: int
+    flags: BlobFlag
+    body: bytes
+
+
+def encode_file(state: bytes, key: SwtpmKey | None = None, *, entropy: Entropy = secrets.token_bytes) -> bytes:
+    """The file form of an engine's state, encrypted where there is a key."""
+    body, flags = _wrapped(state, _FILE, key, entropy)
+    return _with_head(body, flags)
+
+
+def decode_file(blob: bytes, name: str, key: SwtpmKey | None = None) -> bytes:
     """The engine's state out of a file's bytes; `name` (the path) goes into the errors.
 
-    Raises StateDamagedError, StateNewerError or StateSealedError.
+    Raises StateDamagedError, StateNewerError, StateSealedError for want of a key, StateWrongKeyError, or
+    StateUnsealedError for a plain file where there is a key.
     """
-    flags, body = _without_head(blob, name)
-    if flags & BlobFlag.ENCRYPTED:
-        raise StateSealedError(
-            f"{name} is encrypted", "crbd cannot read swtpm's encrypted state yet; run swtpm with its key"
+    found = _without_head(blob, name)
+    if key is not None and found.version > 1 and not found.flags & BlobFlag.ENCRYPTED:
+        raise StateUnsealedError(
+            f"{name} is not encrypted, and a key was given for it",
+            "if it should be encrypted, find out who replaced it; if not, leave the key away",
         )
-    return _find(body, BlobTag.DATA, name)
+    # Version 1's files say nothing of encryption: whoever has a key means it.
+    encrypted = bool(found.flags & BlobFlag.ENCRYPTED) or (found.version == 1 and key is not None)
+    return _unwrapped(found, _FILE, key if encrypted else None, encrypted, name)
 
 
-def encode_migration(state: bytes) -> bytes:
-    """The plain migration form of an engine's state, as GET_STATEBLOB returns it."""
-    return _with_head(_tlv(BlobTag.MIGRATION_DATA, _tlv(BlobTag.DATA, state)), BlobFlag.MIGRATION_DATA)
+def encode_migration(
+    state: bytes,
+    key: SwtpmKey | None = None,
+    file_key: SwtpmKey | None = None,
+    *,
+    entropy: Entropy = secrets.token_bytes,
+) -> bytes:
+    """The migration form of an engine's state, as GET_STATEBLOB returns it.
 
-
-def decode_migration(blob: bytes, name: str) -> bytes:
-    """The engine's state out of a blob that SET_STATEBLOB brought;
-
-    `name` goes into the errors. Raises as `decode_file`.
+    `key` is the migration key. `file_key` is given where the client did not ask for decrypted state: the state is
+    encrypted by it inside.
     """
-    flags, body = _without_head(blob, name)
-    if flags & BlobFlag.MIGRATION_ENCRYPTED:
-        raise StateSealedError(f"{name} is encrypted with a migration key", "start the source without a migration key")
-    if flags & BlobFlag.ENCRYPTED:
-        raise StateSealedError(f"{name} is encrypted with a state key", "start the source without a state key")
-    return _find(_find(body, BlobTag.MIGRATION_DATA, name), BlobTag.DATA, name)
+    inner, flags = _wrapped(state, _FILE, file_key, entropy)
+    body, outer = _wrapped(inner, _MIGRATION, key, entropy)
+    return _with_head(body, flags | outer | BlobFlag.MIGRATION_DATA)
+
+
+def decode_migration(
+    blob: bytes, name: str, key: SwtpmKey | None = None, file_key: SwtpmKey | None = None, *, encrypted: bool = False
+) -> bytes:
+    """The engine's state out of a blob that SET_STATEBLOB brought; `name` goes into the errors.
+
+    `encrypted` is the request's own flag: it says that the file key encrypted the state, as the head's flag does.
+    Raises as `decode_file`, but for a plain blob: that is taken although there is a key.
+    """
+    found = _without_head(blob, name)
+    outer = bool(found.flags & BlobFlag.MIGRATION_ENCRYPTED)
+    inner = encrypted or bool(found.flags & BlobFlag.ENCRYPTED)
+    body = _unwrapped(found, _MIGRATION, key, outer, name)
+    return _unwrapped(found._replace(body=body), _FILE, file_key, inner, name)
+
+
+def _wrapped(data: bytes, level: _Level, key: SwtpmKey | None, entropy: Entropy) -> tuple[bytes, BlobFlag]:
+    """The TLVs of one level, and the flags that they bring."""
+    if key is None:
+        return _tlv(level.plain, data), BlobFlag(0)
+    vector = entropy(key.size)
+    ciphertext, mac = key.encrypt(data, vector)
+    flags = level.flag | (level.long_key if key.size == 32 else BlobFlag(0))
+    return _tlv(level.encrypted, ciphertext) + _tlv(BlobTag.HMAC, mac) + _tlv(level.vector, vector), flags
+
+
+def _unwrapped(blob: _Blob, level: _Level, key: SwtpmKey | None, encrypted: bool, name: str) -> bytes:
+    """What one level holds. Raises a StateError."""
+    if not encrypted:
+        return blob.body if blob.version == 1 else _find(blob.body, level.plain, name)
+    if key is None:
+        raise StateSealedError(
+            f"{name} is encrypted with a {level.key}", f"give the key swtpm was started with, by {level.option}"
+        )
+    if blob.version == 1:
+        return key.decrypt_version_1(blob.body, name)
+    bits = 256 if blob.flags & level.long_key else 128
+    if bits != 8 * key.size:
+        raise StateWrongKeyError(
+            f"{name} is encrypted with a {level.key} of {bits} bits, and {level.option} gives one of {8 * key.size}",
+            f"choose the mode swtpm was started with: {'aes-256-cbc' if bits == 256 else 'aes-cbc'}",
+        )
+    mac = _find(blob.body, BlobTag.HMAC, name)
+    vector = _find_or_none(blob.body, level.vector, name)
+    return key.decrypt(_find(blob.body, level.encrypted, name), mac, vector, name)
 
 
 def _tlv(tag: BlobTag, data: bytes) -> bytes:
@@ -94,14 +195,14 @@ def _with_head(body: bytes, flags: BlobFlag) -> bytes:
     return _HEAD.pack(VERSION, MIN_VERSION, _HEAD.size, flags, _HEAD.size + len(body)) + body
 
 
-def _without_head(blob: bytes, name: str) -> tuple[BlobFlag, bytes]:
+def _without_head(blob: bytes, name: str) -> _Blob:
     if len(blob) > MAX_BLOB:
         raise StateDamagedError(
             f"{name} is {len(blob)} bytes long, more than any TPM state", "restore it from a backup"
         )
     if len(blob) < _HEAD.size:
         raise StateDamagedError(f"{name} is cut short: {len(blob)} bytes", "restore it from a backup")
-    _, min_version, head_size, flags, total = _HEAD.unpack_from(blob)
+    version, min_version, head_size, flags, total = _HEAD.unpack_from(blob)
     if not _HEAD.size <= head_size <= len(blob):
         raise StateDamagedError(f"{name} has a head of {head_size} bytes", "restore it from a backup")
     if total != len(blob):
@@ -112,10 +213,19 @@ def _without_head(blob: bytes, name: str) -> tuple[BlobFlag, bytes]:
             f"{name} asks for a reader of blob version {min_version}, this release reads up to {VERSION}",
             "use the release of swtpm or crbd that wrote it, or a newer one",
         )
-    return BlobFlag(flags), blob[head_size:]
+    if version == 0:
+        raise StateDamagedError(f"{name} has blob version 0", "restore it from a backup")
+    return _Blob(version, BlobFlag(flags), blob[head_size:])
 
 
 def _find(body: bytes, wanted: BlobTag, name: str) -> bytes:
+    found = _find_or_none(body, wanted, name)
+    if found is None:
+        raise StateDamagedError(f"{name} holds no {wanted.name} tag", "restore it from a backup")
+    return found
+
+
+def _find_or_none(body: bytes, wanted: BlobTag, name: str) -> bytes | None:
     offset = 0
     while offset < len(body):
         if len(body) - offset < _TLV.size:
@@ -127,4 +237,4 @@ def _find(body: bytes, wanted: BlobTag, name: str) -> bytes:
         if tag == wanted:
             return body[offset : offset + length]
         offset += length
-    raise StateDamagedError(f"{name} holds no {wanted.name} tag", "restore it from a backup")
+    return None
