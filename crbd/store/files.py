@@ -10,6 +10,7 @@ other name: that can be told from damage.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -141,13 +142,12 @@ class RegularFile:
     def check_place(self) -> None:
         here = self._path if self._named else _unnamed(self._path)
         try:
-            found = os.stat(here, follow_symlinks=False)
+            in_place = self._is_at(here)
         except FileNotFoundError as error:
             if not self._path.parent.exists():
                 raise StoreError(f"{self._path} cannot be written: its directory is gone") from error
             raise StoreFencedError(f"{here} was removed while crbd used it") from error
-        own = os.fstat(self._descriptor)
-        if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+        if not in_place:
             raise StoreFencedError(f"{here} was replaced by another file while crbd used it")
         if not self._named and os.path.lexists(self._path):
             raise StoreFencedError(f"{self._path} was made by another program while crbd was making it")
@@ -170,11 +170,13 @@ class RegularFile:
 
     def _remove_unnamed(self) -> None:
         """A leftover does no harm beyond its message, so that failing to remove it is no error."""
-        try:
-            self.check_place()
-            _unnamed(self._path).unlink()
-        except (OSError, StoreError):
-            return
+        with contextlib.suppress(OSError):
+            if self._is_at(_unnamed(self._path)):
+                _unnamed(self._path).unlink()
+
+    def _is_at(self, path: Path) -> bool:
+        found, own = os.stat(path, follow_symlinks=False), os.fstat(self._descriptor)
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
 
 
 def _unnamed(path: Path) -> Path:
