@@ -201,3 +201,10 @@ class PidFileError(OperatorError):
 
     exit_code = 31
     meaning = "the pid file cannot be written"
+
+
+class DaemonError(OperatorError):
+    """A running daemon could not be asked."""
+
+    exit_code = 32
+    meaning = "a running daemon could not be asked, or does not know what it was asked"

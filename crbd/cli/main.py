@@ -1,18 +1,24 @@
-"""The `crbd` command:
+"""The `crbd` command: finds and runs the subcommand, turns operator errors into one line and an exit code.
 
-parses the command line, runs the subcommand, turns operator errors into one line and an exit code.
+Only the subcommand that is asked for is imported: a daemon's start should not wait for what it does not need.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from crbd import __version__
-from crbd.cli import serve
 from crbd.errors import OperatorError, UsageError
+
+COMMANDS = {
+    "serve": "serve one TPM",
+    "registers": "show the CRB registers of a running TPM",
+}
+"""Each is a module of this room with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,22 +28,29 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"see {self.prog} --help")
 
 
-def build_parser() -> Parser:
-    """The parser of the whole command line."""
+def build_parser(wanted: str | None) -> Parser:
+    """The parser of the whole command line, with the arguments of the subcommand `wanted` alone."""
     parser = Parser(prog="crbd", description="A TPM 2.0 for virtual machines and CI jobs.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"crbd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve.add_arguments(
-        commands.add_parser("serve", help="serve one TPM", description=serve.DESCRIPTION, allow_abbrev=False)
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name == wanted:
+            module = import_module(f"crbd.cli.{name}")
+            command.description = module.DESCRIPTION
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status (docs/exit-codes.md). SystemExit comes only from --help and --version."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
-        parsed = build_parser().parse_args(arguments)
-        return serve.run(parsed)
+        parsed = build_parser(wanted).parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = parsed.run
+        return run(parsed)
     except OperatorError as error:
         print(f"crbd: {error}", file=sys.stderr)
         return error.exit_code

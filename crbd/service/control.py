@@ -158,6 +158,10 @@ def _lock_storage(instance: Instance, request: m.LockStorage) -> m.Reply:
     return m.Done()
 
 
+def _get_registers(instance: Instance, _: m.GetRegisters) -> m.Reply:
+    return m.Registers(instance.localities, instance.register_pages())
+
+
 # The handlers take their own request type; the table's key says which, which no type of a dict can.
 _ANSWERS: dict[type[m.Request], Callable[[Instance, Any], m.Reply]] = {
     m.GetCapability: _get_capability,
@@ -178,4 +182,5 @@ _ANSWERS: dict[type[m.Request], Callable[[Instance, Any], m.Reply]] = {
     m.SetBufferSize: _set_buffersize,
     m.GetInfo: _get_info,
     m.LockStorage: _lock_storage,
+    m.GetRegisters: _get_registers,
 }

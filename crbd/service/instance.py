@@ -23,14 +23,17 @@ computes.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from crbd.crb.config import CrbConfig
+from crbd.crb.effects import Busy, Effect, HashData, HashEnd, HashStart
 from crbd.engine.port import BufferSize, Engine, StatePort
 from crbd.errors import EngineError, EngineFailedError, StateAbsentError, StateDamagedError, StateError, StoreError
 from crbd.service.durable import DurableState
+from crbd.service.lock import EngineLock
 from crbd.service.options import InstanceOptions, Startup
+from crbd.service.registers import Registers
 from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration, encode_migration
 from crbd.store.port import Store
@@ -46,6 +49,7 @@ LOCK_RETRY_INTERVAL = 0.010
 """Seconds between two tries of LOCK_STORAGE (swtpm's figure)."""
 
 _FAILURE = error_response(ResponseCode.FAILURE)
+_RETRY = error_response(ResponseCode.RETRY)
 _BAD_LOCALITY = error_response(ResponseCode.LOCALITY)
 _SHUTDOWN = CommandCode.SHUTDOWN.to_bytes(4, "big")
 _VENDOR_SET_LOCALITY = CommandCode.VENDOR_SET_LOCALITY.to_bytes(4, "big")
@@ -60,7 +64,9 @@ class Instance:
         self._engine = make_engine(self._state)
         self._options = options
         self._may_manufacture = options.may_manufacture
-        self._lock = threading.Lock()
+        self._registers = Registers(CrbConfig(max_command=self._engine.buffer_size().maximum))
+        self._locality = 0
+        self._lock = EngineLock()
         self._last_command = b""
         self._handed_in: set[StateKind] = set()
 
@@ -97,7 +103,7 @@ class Instance:
                 return
             self._power_on(delete_volatile=False)
             if startup.startup_type is not None:
-                code = response_code(self._run(startup_command(startup.startup_type)))
+                code = response_code(self._submit(startup_command(startup.startup_type)))
                 if code == ResponseCode.INITIALIZE:
                     log.info("the TPM goes on from its stored volatile state; it is started already")
                 elif code != ResponseCode.SUCCESS:
@@ -130,24 +136,37 @@ class Instance:
         response codes.
         """
         body, locality = command
-        with self._lock:
+        lock = self._lock
+        lock.acquire_for_command()
+        try:
             if locality is not None:
                 if not self._locality_is_allowed(locality):
                     return _BAD_LOCALITY
-                self._engine.locality = locality
+                self._move_to(locality)
             if not self._engine.running:
                 return _FAILURE
             if body[6:10] == _VENDOR_SET_LOCALITY and self._options.allow_set_locality:
                 return self._vendor_set_locality(body)
-            try:
-                return self._run(body)
-            except (EngineError, StoreError, StateError) as error:
-                log.error("%s; the command is answered with TPM_RC_FAILURE", error)
-                return _FAILURE
+            return self._submit(body)
+        finally:
+            lock.release()
 
     def cancel(self) -> None:
         """Ask the command that executes now to give up. Any thread; does not wait."""
+        self._registers.cancel()
         self._engine.cancel()
+
+    # -- the registers
+    # ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def localities(self) -> int:
+        """How many localities the registers have."""
+        return self._registers.localities
+
+    def register_pages(self) -> bytes:
+        """The registers as a guest would read them now, a 4 KiB page per locality. Any thread; does not wait."""
+        return self._registers.pages()
 
     # -- the control channel
     # -----------------------------------------------------------------------------------------------
@@ -159,14 +178,14 @@ class Instance:
 
     def init(self, *, delete_volatile: bool) -> None:
         """Power on, or reset. Raises EngineError, StateError or StoreError; the TPM is OFF then."""
-        self._engine.cancel()
+        self.cancel()
         with self._lock:
             self._power_off()
             self._power_on(delete_volatile=delete_volatile)
 
     def stop(self) -> None:
         """Power off. A command that still computes is cancelled: its answer no longer matters."""
-        self._engine.cancel()
+        self.cancel()
         with self._lock:
             self._power_off()
 
@@ -178,9 +197,10 @@ class Instance:
     def reset_established(self, locality: int) -> None:
         """Clear the flag on behalf of `locality`. Raises EngineError: TPM_BAD_LOCALITY where that is not 3 or 4."""
         with self._lock:
-            if locality > MAX_LOCALITY:
+            if locality > MAX_LOCALITY or not self._registers.reset_establishment(locality):
                 raise EngineError("RESET_TPMESTABLISHED", TpmResult.BAD_LOCALITY)
             self._engine.reset_established(locality)
+            self._registers.set_established(self._engine.established())
             self._state.commit()
 
     def set_locality(self, locality: int) -> None:
@@ -188,22 +208,23 @@ class Instance:
         with self._lock:
             if not self._locality_is_allowed(locality):
                 raise EngineError("SET_LOCALITY", TpmResult.BAD_LOCALITY)
-            self._engine.locality = locality
+            self._move_to(locality)
 
     def hash_start(self) -> None:
         """Begin a locality-4 hash sequence. Raises EngineError."""
         with self._lock:
-            self._engine.hash_start()
+            self._hash(self._registers.hash_start())
 
     def hash_data(self, data: bytes) -> None:
         """Add to the hash sequence. Raises EngineError."""
         with self._lock:
-            self._engine.hash_data(data)
+            self._hash(self._registers.hash_data(data))
 
     def hash_end(self) -> None:
         """End the hash sequence. Raises EngineError, StoreError."""
         with self._lock:
-            self._engine.hash_end()
+            self._hash(self._registers.hash_end())
+            self._registers.set_established(self._engine.established())
             self._state.commit()
 
     def store_volatile(self) -> None:
@@ -268,6 +289,29 @@ class Instance:
     # -- under the engine lock
     # ---------------------------------------------------------------------------------------------
 
+    def _submit(self, body: bytes) -> bytes:
+        """Run a command through the registers. What goes wrong on our side is answered with TPM_RC_FAILURE."""
+        registers = self._registers
+        try:
+            taken = registers.submit(self._locality, body)
+        except ValueError:
+            # Not one command: no driver could have sent it through the registers. The engine has the answer.
+            taken = None
+        if type(taken) is Busy:
+            return _RETRY
+        try:
+            response = self._run(body)
+        except StoreError as error:
+            log.error("%s; the command is answered with TPM_RC_FAILURE", error)
+            response = _FAILURE
+        except (EngineError, StateError) as error:
+            log.error("%s; the command is answered with TPM_RC_FAILURE", error)
+            registers.fail()
+            return _FAILURE
+        if taken is not None:
+            registers.complete(response)
+        return response
+
     def _run(self, body: bytes) -> bytes:
         """Execute and commit. Raises EngineError, StoreError, StateError."""
         response = self._engine.execute(body)
@@ -301,24 +345,36 @@ class Instance:
             raise
         self._may_manufacture = False
         self._last_command = b""
+        self._registers.reset(established=self._engine.established())
 
     def _power_off(self) -> None:
         if not self._engine.running:
             return
         if self._options.auto_shutdown and self._last_command != _SHUTDOWN:
             self._send_shutdown()
+        self._registers.reset(established=self._engine.established())
         self._engine.stop()
 
     def _send_shutdown(self) -> None:
         for how in (StartupType.STATE, StartupType.CLEAR):
-            try:
-                code = response_code(self._run(shutdown_command(how)))
-            except (EngineError, StoreError, StateError) as error:
-                log.error("TPM2_Shutdown(%s): %s", how.name, error)
-                continue
+            code = response_code(self._submit(shutdown_command(how)))
             if code in (ResponseCode.SUCCESS, ResponseCode.INITIALIZE):
                 return
             log.warning("TPM2_Shutdown(%s) was answered with 0x%x", how.name, code or 0)
+
+    def _hash(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case HashStart():
+                    self._engine.hash_start()
+                case HashData(data):
+                    self._engine.hash_data(data)
+                case HashEnd():
+                    self._engine.hash_end()
+
+    def _move_to(self, locality: int) -> None:
+        self._locality = locality
+        self._engine.locality = locality
 
     def _refuse_unless_new_is_allowed(self) -> None:
         if not self._may_manufacture:
@@ -336,5 +392,5 @@ class Instance:
         locality = body[HEAD_SIZE]
         if not self._locality_is_allowed(locality):
             return _BAD_LOCALITY
-        self._engine.locality = locality
+        self._move_to(locality)
         return success_response()

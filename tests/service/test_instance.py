@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from crbd.crb.config import BUFFER_OFFSET, PAGE_SIZE
+from crbd.crb.spec import Offset
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
@@ -346,6 +348,78 @@ def test_close_releases_and_tries_the_last_write_again() -> None:
     bench.instance.close()
     assert bench.store.commits > before
     assert bench.store.closed
+
+
+# -- the registers
+
+
+def test_every_command_goes_through_the_registers() -> None:
+    bench = Bench().started()
+    bench.instance.set_locality(3)
+    response = bench.instance.execute(Command(c.GET_RANDOM, None))
+    page = bench.instance.register_pages()[3 * PAGE_SIZE :]
+    assert page[BUFFER_OFFSET : BUFFER_OFFSET + len(response)] == response
+    assert page[Offset.CTRL_START] == 0
+    assert page[Offset.LOC_STATE] >> 2 & 7 == 3
+
+
+def test_registers_show_the_command_that_computes_and_its_cancellation() -> None:
+    bench = Bench().started()
+    bench.engine.gate.close()
+    thread = threading.Thread(target=lambda: bench.run(c.GET_RANDOM))
+    thread.start()
+    bench.engine.gate.wait_held()
+    page = bench.instance.register_pages()
+    assert page[Offset.CTRL_START] == 1
+    assert page[BUFFER_OFFSET : BUFFER_OFFSET + len(c.GET_RANDOM)] == c.GET_RANDOM
+    bench.instance.cancel()
+    thread.join(10)
+    assert bench.instance.register_pages()[Offset.CTRL_START] == 0
+    assert bench.instance.register_pages()[Offset.CTRL_CANCEL] == 0
+
+
+def test_registers_show_the_established_flag_negated() -> None:
+    bench = Bench().started()
+    assert bench.instance.register_pages()[Offset.LOC_STATE] & 1 == 1
+    bench.instance.hash_start()
+    bench.instance.hash_data(b"x" * 10_000)
+    bench.instance.hash_end()
+    assert bench.instance.register_pages()[Offset.LOC_STATE] & 1 == 0
+    bench.instance.init(delete_volatile=False)
+    assert bench.instance.register_pages()[Offset.LOC_STATE] & 1 == 0, "it outlives a reset"
+    bench.instance.reset_established(4)
+    assert bench.instance.register_pages()[Offset.LOC_STATE] & 1 == 1
+
+
+def test_a_library_failure_is_a_fatal_error_in_the_registers_until_the_reset() -> None:
+    bench = Bench().started()
+    bench.engine.script.append(EngineError("TPMLIB_Process", TpmResult.FAIL))
+    assert bench.run(c.GET_RANDOM) == c.FAILURE
+    assert bench.instance.register_pages()[Offset.CTRL_STS] & 1 == 1
+    bench.instance.init(delete_volatile=False)
+    assert bench.instance.register_pages()[Offset.CTRL_STS] & 1 == 0
+
+
+def test_a_full_disk_is_no_fatal_error_of_the_interface() -> None:
+    bench = Bench().started()
+    bench.store.full = True
+    assert bench.run(c.nv_define(8)) == c.FAILURE
+    page = bench.instance.register_pages()
+    assert page[Offset.CTRL_STS] & 1 == 0
+    assert page[BUFFER_OFFSET : BUFFER_OFFSET + 10] == bytes.fromhex("80010000000a00000101")
+
+
+def test_bytes_that_are_no_single_command_get_the_engines_answer() -> None:
+    bench = Bench().started()
+    assert bench.run(c.GET_RANDOM + b"x", locality=0) == c.COMMAND_SIZE
+    assert bench.run(c.GET_RANDOM) == c.SUCCESS
+
+
+def test_the_largest_command_passes_in_pieces() -> None:
+    bench = Bench().started()
+    largest = bytes.fromhex("8001 00001000 0000017b") + bytes(4096 - 10)
+    assert bench.run(largest) not in (c.COMMAND_SIZE, c.FAILURE)
+    assert bench.executed[-1] == largest
 
 
 # -- migration: libtpms itself, because what survives is its business
