@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crbd.errors import StoreError
-from crbd.state.slots import MAX_PAYLOAD
+from crbd.state.slots import MAX_PAYLOAD, SLOT_OFFSETS, SLOT_SIZE, encode_slot
 from crbd.store.slots import SlotFile
 from tests.store.recording import Acknowledge, Begin, Disk, Fault, Image, RecordingFile, Rename, Sync, Write, replay
 
@@ -186,6 +186,24 @@ def test_a_failed_sync_is_followed_by_a_whole_new_write() -> None:
     loaded = slots.load()
     assert loaded is not None
     assert loaded.generation == 4, "the generation of the failed attempt is not used again"
+
+
+@pytest.mark.parametrize(("writer_id", "fenced"), [(b"another writer..", True), (None, False)])
+def test_a_slot_in_doubt_is_fenced_too(writer_id: bytes | None, fenced: bool) -> None:
+    """Where an attempt of ours failed, its pieces are no other writer; a whole commit of another is."""
+    file = history_of({0: 10, 1: 10})
+    slots = SlotFile.open(PATH, create=False, file=file)
+    file.fault = Fault("fdatasync")
+    assert not commit(slots, file, 2, 10)
+    file.note(Write(SLOT_OFFSETS[0], encode_slot(3, 2, writer_id or slots.writer_id, b"taken over")))
+    assert commit(slots, file, 3, 10) is not fenced
+
+
+def test_growing_costs_once() -> None:
+    file = history_of({0: 10, 1: 10, 2: 70_000, 3: 70_000, 4: 70_000, 5: 71_000})
+    written = [event.offset for event in file.history if isinstance(event, Write)]
+    grown = [offset % SLOT_SIZE for offset in written if offset % SLOT_SIZE]
+    assert grown == [65_536, 65_536]
 
 
 def test_a_full_disk_takes_neither_the_state_nor_the_undo() -> None:
