@@ -57,7 +57,7 @@ def check_engine(section: TpmState, running: Version, name: str = "the TPM state
     if profile not in release.profiles:
         raise StateNewerError(
             f"{name} is of a TPM with profile {engine.profile!r}, which libtpms {shown} is not known to have",
-            f"install libtpms: {_release_with_profile(profile)} or newer",
+            f"install {_release_with_profile(profile)} or newer",
         )
     # A release newer than the table may have levels that the table does not know.
     newer_than_table = here > _RELEASES[-1].version
@@ -65,7 +65,7 @@ def check_engine(section: TpmState, running: Version, name: str = "the TPM state
         raise StateNewerError(
             f"{name} has StateFormatLevel {engine.format_level}, and libtpms {shown} reads up to "
             f"{release.highest_level}",
-            f"install libtpms: {_release_with_level(engine.format_level)} or newer",
+            f"install {_release_with_level(engine.format_level)} or newer",
         )
 
 
@@ -89,6 +89,6 @@ def _first(releases: Iterator[_Release]) -> str:
     """The first one's number, or what is known of a release that is not in the table."""
     release = next(releases, None)
     if release is None:
-        return "the release that wrote it"
+        return "the libtpms that wrote it"
     major, minor = release.version
-    return f"{major}.{minor}"
+    return f"libtpms {major}.{minor}"
