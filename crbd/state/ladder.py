@@ -91,7 +91,7 @@ def _lowered(section: Section, version: int) -> Section:
         else:
             reason, remedy = error.what, f"keep it in format version {FORMAT_VERSION}"
         raise StateDowngradeError(
-            f"the state cannot be written in format version {version}: {reason}, which that version has no room for",
+            f"the state has no room in format version {version} (or older): {reason}",
             remedy,
         ) from error
 
