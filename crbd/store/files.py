@@ -25,6 +25,7 @@ from crbd.errors import (
     StoreError,
     StoreFencedError,
 )
+from crbd.store.lockfile import lock_whole, unlock_whole
 
 
 class BlockFile(Protocol):
@@ -58,6 +59,12 @@ class BlockFile(Protocol):
 
     def publish(self) -> None:
         """Give a new file its name, durably. Its contents must be durable. To be called again after an OSError."""
+
+    def lock(self) -> None:
+        """Become the only user. Locking twice is no error. Raises StateLockedError, StateAccessError."""
+
+    def unlock(self) -> None:
+        """Let others become the only user. Raises StateAccessError."""
 
     def close(self) -> None:
         """Closing twice is no error. A file that was never published is removed."""
@@ -113,10 +120,6 @@ class RegularFile:
     def published(self) -> bool:
         return self._name_is_durable
 
-    def fileno(self) -> int:
-        """The descriptor, for locks on the file itself."""
-        return self._descriptor
-
     def pread(self, size: int, offset: int) -> bytes:
         pieces = []
         while size > 0 and (piece := os.pread(self._descriptor, size, offset)):
@@ -159,6 +162,12 @@ class RegularFile:
         if not self._name_is_durable:
             _sync_directory(self._path.parent)
             self._name_is_durable = True
+
+    def lock(self) -> None:
+        lock_whole(self._descriptor, self._path)
+
+    def unlock(self) -> None:
+        unlock_whole(self._descriptor, self._path)
 
     def close(self) -> None:
         if self._descriptor < 0:

@@ -38,17 +38,14 @@ class LockFile:
         except OSError as error:
             raise StateAccessError(f"{path}: {error.strerror}", "let the user that runs crbd write there") from error
         try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        except OSError as error:
-            holder = _holder(descriptor)
+            if not _set_lock(descriptor, fcntl.F_WRLCK, path):
+                raise StateLockedError(
+                    f"{path.parent} is in use by {_holder(descriptor, _pid_text(descriptor))}",
+                    "stop that process, or give this TPM a directory of its own",
+                )
+        except (StateLockedError, StateAccessError):
             os.close(descriptor)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise StateAccessError(
-                    f"{path} cannot be locked: {error.strerror}", "keep TPM state on a file system that has locks"
-                ) from error
-            raise StateLockedError(
-                f"{path.parent} is in use by {holder}", "stop that process, or give this TPM a directory of its own"
-            ) from error
+            raise
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return cls(descriptor)
@@ -61,11 +58,44 @@ class LockFile:
             self._descriptor = None
 
 
-def _holder(descriptor: int) -> str:
-    """Who holds the lock, in words: swtpm's pid comes from the kernel, crbd's from the text in the file."""
+def lock_whole(descriptor: int, path: Path) -> None:
+    """Lock an open state file itself, as swtpm (0.8 and later) locks a linear one; closing the descriptor releases it.
+
+    Locking twice is no error. Raises StateLockedError if another process holds it, StateAccessError if the file system
+    has no locks.
+    """
+    if not _set_lock(descriptor, fcntl.F_WRLCK, path):
+        raise StateLockedError(
+            f"{path} is in use by {_holder(descriptor)}", "stop that process, or give this TPM a file of its own"
+        )
+
+
+def unlock_whole(descriptor: int, path: Path) -> None:
+    """Give the lock of `lock_whole` back. Raises StateAccessError."""
+    _set_lock(descriptor, fcntl.F_UNLCK, path)
+
+
+def _set_lock(descriptor: int, kind: int, path: Path) -> bool:
+    """Set or release; false if another holds it. Raises StateAccessError."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise StateAccessError(
+            f"{path} cannot be locked: {error.strerror}", "keep TPM state on a file system that has locks"
+        ) from error
+    return True
+
+
+def _holder(descriptor: int, text: bytes = b"") -> str:
+    """Who holds the lock, in words: swtpm's pid comes from the kernel, crbd's from the text in its lock file."""
     asked = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     pid = _FLOCK.unpack(asked)[4]
     if pid > 0:
         return f"process {pid}"
-    text = os.pread(descriptor, _PID_TEXT_MAX, 0).strip()
     return f"process {int(text)}" if text.isdigit() else "another process"
+
+
+def _pid_text(descriptor: int) -> bytes:
+    return os.pread(descriptor, _PID_TEXT_MAX, 0).strip()

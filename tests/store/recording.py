@@ -174,6 +174,12 @@ class Disk:
         chosen = [choices[0] if chance.random() < share else chance.choice(choices) for choices in options]
         return self._image(numbers, chosen, chance.choice(self.sizes), chance.choice(self.names))
 
+    def crash_whole(self, chance: random.Random) -> Image:
+        """As `crash`, but no sector is torn in itself."""
+        numbers, options = self.options(())
+        chosen = [chance.choice(choices) for choices in options]
+        return self._image(numbers, chosen, chance.choice(self.sizes), chance.choice(self.names))
+
     def _image(self, numbers: list[int], chosen: Sequence[bytes], size: int, named: bool) -> Image:
         sectors = self.certain | dict(zip(numbers, chosen, strict=True))
         # Where there is one choice only, the sector is not in `numbers` and holds what `certain` says or the same.
@@ -190,13 +196,19 @@ class Fault:
 
 
 class RecordingFile:
-    """A `BlockFile` on a `Disk`; `history` is everything that happened."""
+    """A `BlockFile` on a `Disk`; `history` is everything that happened.
 
-    def __init__(self, disk: Disk | None = None, chance: random.Random | None = None) -> None:
+    With `whole_sectors` a write that fails has written whole sectors, without it any part.
+    """
+
+    def __init__(
+        self, disk: Disk | None = None, chance: random.Random | None = None, *, whole_sectors: bool = False
+    ) -> None:
         self.disk = disk or Disk()
         self.history: list[Event] = []
         self.fault: Fault | None = None
         self.chance = chance or random.Random(0)
+        self.whole_sectors = whole_sectors
 
     def note(self, event: Event) -> None:
         """Record, and let it happen."""
@@ -215,7 +227,7 @@ class RecordingFile:
         try:
             self._fail_if_due("pwrite")
         except OSError:
-            self.note(Write(offset, data[: self.chance.randrange(len(data) + 1)]))
+            self.note(Write(offset, data[: self._part(len(data))]))
             raise
         self.note(Write(offset, data))
 
@@ -238,6 +250,12 @@ class RecordingFile:
     def check_place(self) -> None:
         """Nobody else is here."""
 
+    def lock(self) -> None:
+        """Nobody else is here."""
+
+    def unlock(self) -> None:
+        """Nobody else is here."""
+
     def publish(self) -> None:
         if True not in self.disk.names:
             self._fail_if_due("rename")
@@ -247,6 +265,10 @@ class RecordingFile:
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _part(self, size: int) -> int:
+        part = self.chance.randrange(size + 1)
+        return part // SECTOR * SECTOR if self.whole_sectors else part
 
     def _fail_if_due(self, call: str) -> None:
         if self.fault is None or self.fault.call != call:

@@ -20,6 +20,7 @@ from crbd.errors import (
 )
 from crbd.state.kinds import StateKind
 from crbd.store.directory import DirectoryStore, open_directory
+from crbd.store.linear import open_linear
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
 
@@ -27,11 +28,12 @@ PERMANENT, VOLATILE = StateKind.PERMANENT, StateKind.VOLATILE
 AS_ROOT = os.geteuid() == 0
 
 
-@pytest.fixture(params=["memory", "directory"])
+@pytest.fixture(params=["memory", "directory", "linear"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     make: dict[str, Callable[[], Store]] = {
         "memory": MemoryStore,
         "directory": lambda: open_directory(tmp_path / "state", create=True),
+        "linear": lambda: open_linear(tmp_path / "state", create=True),
     }
     store = make[request.param]()
     yield store

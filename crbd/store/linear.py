@@ -1,0 +1,244 @@
+"""swtpm's linear layout (`backend-uri=file://…`): all kinds of state in one file or block device.
+
+Layout (swtpm 0.7 to 0.11), little-endian: a head of 192 bytes
+
+    u64 magic 0x737774706d6c696e (so the file begins with the bytes `nilmptws`), u8 version (1), u8 0, u16 head size
+    then 15 entries: u32 offset (0: absent), u32 data length, u32 section length
+
+of which a TPM 2.0 uses the first three: permanent, volatile, savestate. Data is in swtpm's file form (crbd.state.swtpm)
+and lies in a section that is longer, a power of two. swtpm moves sections about by the section lengths of those before
+them: sections must follow one another without a gap. A gap before the first does not matter to it.
+
+Theory. swtpm writes in place, so that a power cut leaves what it will. This store writes all sections anew in a place
+where none lies, behind the present ones or before them, syncs, writes the head, and syncs again. The head is within
+one sector of the disk, which is written whole or not at all: a commit takes place in that moment, for all kinds at
+once. (A sector torn in itself would be the end of the file: this layout has no second head. crbd.store.slots is the
+remedy.) After a failed sync of the head either head may be on disk, and what either refers to is not overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+
+from crbd.errors import (
+    StateAccessError,
+    StateDamagedError,
+    StateEmptyError,
+    StateError,
+    StateForeignError,
+    StateNewerError,
+    StoreError,
+    StoreFencedError,
+)
+from crbd.state.kinds import StateKind
+from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
+from crbd.store.files import BlockFile, RegularFile
+
+MAGIC = b"nilmptws"
+VERSION = 1
+HEAD_SIZE = 192
+_BLOCK = 4096
+_FRONT = Struct("<8sBBH")
+_ENTRY = Struct("<III")
+_ENTRIES = 15
+_PLACES = {StateKind.PERMANENT: 0, StateKind.VOLATILE: 1, StateKind.SAVESTATE: 2}
+_RESTORE = "restore it from a backup"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Where one kind of state lies; bytes from the beginning of the file."""
+
+    offset: int
+    length: int
+    reserved: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.reserved
+
+
+def encode_head(sections: Mapping[StateKind, Section]) -> bytes:
+    """The 192 bytes at the beginning of the file."""
+    head = bytearray(HEAD_SIZE)
+    _FRONT.pack_into(head, 0, MAGIC, VERSION, 0, HEAD_SIZE)
+    for kind, section in sections.items():
+        place = _FRONT.size + _PLACES[kind] * _ENTRY.size
+        _ENTRY.pack_into(head, place, section.offset, section.length, section.reserved)
+    return bytes(head)
+
+
+def decode_head(head: bytes, name: str) -> dict[StateKind, Section]:
+    """Where each kind lies. `name` goes into the errors.
+
+    Raises StateEmptyError, StateForeignError, StateNewerError or StateDamagedError.
+    """
+    if not any(head):
+        raise StateEmptyError(
+            f"{name} is empty", "restore it from a backup; to make a new TPM in it, start with --create"
+        )
+    if not head.startswith(MAGIC):
+        raise StateForeignError(f"{name} is not swtpm's linear file", "check the path; nothing was changed")
+    if len(head) < HEAD_SIZE:
+        raise StateDamagedError(f"{name} is cut short: {len(head)} bytes", _RESTORE)
+    _, version, _, head_size = _FRONT.unpack_from(head)
+    if version > VERSION:
+        raise StateNewerError(
+            f"{name} is a linear file of version {version}, this release reads up to {VERSION}",
+            "use the release of swtpm or crbd that wrote it, or a newer one",
+        )
+    entries = [Section(*_ENTRY.unpack_from(head, _FRONT.size + place * _ENTRY.size)) for place in range(_ENTRIES)]
+    if any(entry.offset for entry in entries[len(_PLACES) :]):
+        raise StateForeignError(f"{name} holds more than one TPM", "keep every TPM in a file of its own")
+    sections = {kind: entries[place] for kind, place in _PLACES.items() if entries[place].offset}
+    if head_size != HEAD_SIZE or not _plausible(sorted(sections.values(), key=lambda section: section.offset)):
+        raise StateDamagedError(f"{name} has a head that contradicts itself", _RESTORE)
+    return sections
+
+
+def _plausible(ordered: list[Section]) -> bool:
+    end = HEAD_SIZE
+    for section in ordered:
+        if section.offset < end or not section.length <= section.reserved:
+            return False
+        end = section.end
+    return True
+
+
+class LinearStore:
+    """A `Store` in one file. Used from one thread at a time."""
+
+    def __init__(self, path: Path, file: BlockFile, *, create: bool) -> None:
+        """`create`: an empty file may become a new TPM's. Nothing is read or written before it is needed."""
+        self._path = path
+        self._file = file
+        self._create = create
+        self._head = bytes(HEAD_SIZE)
+        """As last read, or written and synced."""
+        self._sections: dict[StateKind, Section] = {}
+        self._kept: list[Section] = []
+        """What a head on disk may refer to beside `_sections`, after a failed sync."""
+        self._in_doubt = False
+        """The last head was not synced."""
+
+    @property
+    def name(self) -> str:
+        return str(self._path)
+
+    def lock(self) -> None:
+        """And read what is there, as another may have been the user until now. Raises a StateError."""
+        self._file.lock()
+        if not self._file.published:
+            return
+        try:
+            self._file.settle()
+            head = self._read_head()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._sections = {} if self._create and not any(head) else decode_head(head, self.name)
+        self._head = head
+        self._kept, self._in_doubt = [], False
+
+    def unlock(self) -> None:
+        """Let another be the user, until `lock`. Raises StateAccessError."""
+        self._file.unlock()
+
+    def load(self, kind: StateKind) -> bytes | None:
+        section = self._sections.get(kind)
+        if section is None:
+            return None
+        try:
+            blob = self._read(section)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return decode_file(blob, f"{self._path} ({kind.nvram_name})")
+
+    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
+        try:
+            self._refuse_if_fenced()
+            blobs = {kind: self._carry_over(kind) for kind in self._sections.keys() - changes.keys()}
+            self._write(blobs | {kind: encode_file(data) for kind, data in changes.items() if data is not None})
+            if not self._file.published:
+                self._file.publish()
+        except OSError as error:
+            raise StoreError(f"TPM state could not be written to {self._path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def refuse_orphans(self) -> None:
+        """Raises StateDamagedError where volatile state lies without the permanent state it belongs to."""
+        if self._sections and StateKind.PERMANENT not in self._sections:
+            raise StateDamagedError(f"{self._path} holds no permanent state, but what belongs to one", _RESTORE)
+
+    def _read_head(self) -> bytes:
+        """Zeros where the file does not reach: a failed first write may have made it longer than it was."""
+        head = self._file.pread(HEAD_SIZE, 0)
+        return head if any(head) else bytes(HEAD_SIZE)
+
+    def _read(self, section: Section) -> bytes:
+        """Up to one byte more than the largest blob, so that the decoder sees an oversized one and memory does not."""
+        return self._file.pread(min(section.length, MAX_BLOB + 1), section.offset)
+
+    def _carry_over(self, kind: StateKind) -> bytes:
+        """A kind that does not change, as it lies there. Raises StoreError, OSError."""
+        section = self._sections[kind]
+        blob = self._read(section)
+        if len(blob) != section.length or len(blob) > MAX_BLOB:
+            raise StoreError(f"{self._path} ({kind.nvram_name}) is damaged, and nothing is written beside it")
+        return blob
+
+    def _refuse_if_fenced(self) -> None:
+        """After a failed attempt any piece of a head may lie there: the lock must do. Raises StoreError, OSError."""
+        self._file.check_place()
+        if not self._in_doubt and self._read_head() != self._head:
+            raise StoreFencedError(f"another program wrote to {self._path}; this TPM is not the one on disk any more")
+
+    def _write(self, blobs: dict[StateKind, bytes]) -> None:
+        """Raises OSError; then the sections are as before."""
+        lengths = {kind: len(blobs[kind]) for kind in sorted(blobs)}
+        sections = self._place(lengths)
+        body = b"".join(blobs[kind].ljust(section.reserved, b"\0") for kind, section in sections.items())
+        if body:
+            self._file.pwrite(body, min(section.offset for section in sections.values()))
+            self._file.fdatasync()
+        head = encode_head(sections)
+        self._kept, self._in_doubt = [*self._kept, *sections.values()], True
+        self._file.pwrite(head, 0)
+        self._file.fdatasync()
+        self._kept, self._in_doubt = [], False
+        self._head, self._sections = head, sections
+
+    def _place(self, lengths: dict[StateKind, int]) -> dict[StateKind, Section]:
+        """Sections one after another where nothing lies that a head may refer to; before all that, if there is room."""
+        reserved = {kind: 1 << (length - 1).bit_length() for kind, length in lengths.items()}
+        held = [*self._sections.values(), *self._kept]
+        begin = min((section.offset for section in held), default=HEAD_SIZE)
+        end = max((section.end for section in held), default=HEAD_SIZE)
+        offset = _BLOCK if _BLOCK + sum(reserved.values()) <= begin else -(-end // _BLOCK) * _BLOCK
+        sections = {}
+        for kind, length in lengths.items():
+            sections[kind] = Section(offset, length, reserved[kind])
+            offset += reserved[kind]
+        return sections
+
+    def _unreadable(self, error: OSError) -> StateAccessError:
+        return StateAccessError(f"{self._path} cannot be read: {error.strerror}", "check the disk it is on")
+
+
+def open_linear(path: Path, *, create: bool) -> LinearStore:
+    """Open and lock the file and see that what lies there can be read; a new one appears with its first commit.
+
+    Raises a StateError; nothing is changed.
+    """
+    store = LinearStore(path, RegularFile.open(path, create=create), create=create)
+    try:
+        store.lock()
+        store.refuse_orphans()
+    except StateError:
+        store.close()
+        raise
+    return store
