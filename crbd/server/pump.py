@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import trio
 
-from crbd.tpm.framing import Command, DataConnection, Malformed
+from crbd.tpm.framing import DataConnection, Malformed, is_one_command
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ STALL_TIMEOUT = 2.0
 LINGER_TIMEOUT = 0.5
 """Seconds for which a connection that is being closed is still read."""
 
-Answer = Callable[[Command], bytes]
+Answer = Callable[[bytes, int | None], bytes]
+"""Runs a command on behalf of a locality (None: of the one that counts at the moment) and returns its response."""
 
 
 class PumpEndedError(Exception):
@@ -98,38 +99,46 @@ class Pump:
             log.info("data connection broke: %s", error.strerror)
 
     def _serve_until_closed(self, wake: int) -> None:
-        sock, descriptor, answer = self._socket, self._socket.fileno(), self._answer
-        connection = DataConnection(self._limit)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        poller.register(wake, select.POLLIN)
+        # Every name that the way of a quick command touches is local, and a read that is just one command does not take
+        # the road through the connection: each microsecond here is one of every TPM command.
+        receive, poll, answer, limit = self._socket.recv, self._poller(wake).poll, self._answer, self._limit
+        connection = DataConnection(limit)
         deadline: float | None = None
         while True:
             # None waits for ever; milliseconds, and never 0 before the deadline is truly over.
-            patience = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1
-            ready = poller.poll(patience)
-            if not ready:
+            ready = poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1)
+            if len(ready) != 1 or ready[0][0] == wake:
+                if ready:
+                    raise PumpEndedError
                 self._send(connection.stalled().answer, wake)
                 return self._linger(wake)
-            if len(ready) == 2 or ready[0][0] == wake:
-                raise PumpEndedError
             try:
-                data = sock.recv(READ_SIZE)
+                data = receive(READ_SIZE)
             except BlockingIOError:
+                continue
+            if deadline is None and is_one_command(data, limit):
+                self._send(answer(data, None), wake)
                 continue
             if not data:
                 return None
-            for event in connection.receive(data):
+            events = connection.receive(data)
+            for event in events:
                 if isinstance(event, Malformed):
                     self._send(event.answer, wake)
                     if event.close:
                         return self._linger(wake)
                 else:
-                    self._send(event.frame(answer(event)), wake)
+                    self._send(event.frame(answer(event.body, event.locality)), wake)
             if not connection.partial:
                 deadline = None
-            elif deadline is None:
+            elif events or deadline is None:
                 deadline = time.monotonic() + STALL_TIMEOUT
+
+    def _poller(self, wake: int) -> select.poll:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        poller.register(wake, select.POLLIN)
+        return poller
 
     def _send(self, data: bytes, wake: int) -> None:
         """One write where the client reads its answers. Raises OSError, PumpEndedError."""
@@ -154,9 +163,7 @@ class Pump:
     def _linger(self, wake: int) -> None:
         self._socket.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_TIMEOUT
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        poller.register(wake, select.POLLIN)
+        poller = self._poller(wake)
         while (patience := deadline - time.monotonic()) > 0:
             ready = poller.poll(patience * 1000)
             if not ready or any(descriptor == wake for descriptor, _ in ready) or not self._socket.recv(READ_SIZE):

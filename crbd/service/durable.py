@@ -17,20 +17,16 @@ class DurableState:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._pending: dict[StateKind, bytes | None] = {}
+        self.pending: dict[StateKind, bytes | None] = {}
+        """What waits to be committed, to be looked at only; always the same object."""
         self._committed: dict[StateKind, bytes | None] = {}
         self.commits = 0
         """How many commits reached the store."""
 
-    @property
-    def dirty(self) -> bool:
-        """Whether something waits to be committed."""
-        return bool(self._pending)
-
     def load(self, kind: StateKind) -> bytes | None:
         """What the engine would find now. Raises a StateError that names the file."""
-        if kind in self._pending:
-            return self._pending[kind]
+        if kind in self.pending:
+            return self.pending[kind]
         data = self._store.load(kind)
         self._committed[kind] = data
         return data
@@ -45,19 +41,19 @@ class DurableState:
 
     def commit(self) -> None:
         """Make durable what is pending. Raises StoreError; then it is still pending."""
-        if not self._pending:
+        if not self.pending:
             return
-        self._store.commit(self._pending)
-        self._committed.update(self._pending)
-        self._pending.clear()
+        self._store.commit(self.pending)
+        self._committed.update(self.pending)
+        self.pending.clear()
         self.commits += 1
 
     def discard(self) -> None:
         """Forget what is pending: the call that brought it failed as a whole, before anything could depend on it."""
-        self._pending.clear()
+        self.pending.clear()
 
     def _want(self, kind: StateKind, data: bytes | None) -> None:
         if kind in self._committed and self._committed[kind] == data:
-            self._pending.pop(kind, None)
+            self.pending.pop(kind, None)
         else:
-            self._pending[kind] = data
+            self.pending[kind] = data

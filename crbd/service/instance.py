@@ -38,7 +38,6 @@ from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration, encode_migration
 from crbd.store.port import Store
 from crbd.tpm.codes import CommandCode, ResponseCode, StartupType
-from crbd.tpm.framing import Command
 from crbd.tpm.head import HEAD_SIZE, error_response, response_code, shutdown_command, startup_command, success_response
 from crbd.tpm.results import TpmResult
 
@@ -65,7 +64,12 @@ class Instance:
         self._options = options
         self._may_manufacture = options.may_manufacture
         self._registers = Registers(CrbConfig(max_command=self._engine.buffer_size().maximum))
+        # What the way of a command touches, one look-up away.
+        self._device, self._device_lock = self._registers.device, self._registers.lock
+        self._run = self._engine.execute
+        self._uncommitted = self._state.pending
         self._locality = 0
+        self._powered = False
         self._lock = EngineLock()
         self._last_command = b""
         self._handed_in: set[StateKind] = set()
@@ -129,27 +133,24 @@ class Instance:
     # -- the data channel
     # --------------------------------------------------------------------------------------------------
 
-    def execute(self, command: Command) -> bytes:
+    def execute(self, body: bytes, locality: int | None = None) -> bytes:
         """Run one command from the data channel; return its response, which may leave: what it changed is durable.
+
+        `locality`, if given, counts from now on (the send-command header).
 
         A TPM that is off, a locality that does not exist and a state that cannot be written are answered with TPM
         response codes.
         """
-        body, locality = command
-        lock = self._lock
-        lock.acquire_for_command()
-        try:
+        with self._lock.for_command():
             if locality is not None:
                 if not self._locality_is_allowed(locality):
                     return _BAD_LOCALITY
                 self._move_to(locality)
-            if not self._engine.running:
+            if not self._powered:
                 return _FAILURE
-            if body[6:10] == _VENDOR_SET_LOCALITY and self._options.allow_set_locality:
+            if self._options.allow_set_locality and body[6:10] == _VENDOR_SET_LOCALITY:
                 return self._vendor_set_locality(body)
             return self._submit(body)
-        finally:
-            lock.release()
 
     def cancel(self) -> None:
         """Ask the command that executes now to give up. Any thread; does not wait."""
@@ -174,7 +175,7 @@ class Instance:
     @property
     def running(self) -> bool:
         """Whether the TPM is ON."""
-        return self._engine.running
+        return self._powered
 
     def init(self, *, delete_volatile: bool) -> None:
         """Power on, or reset. Raises EngineError, StateError or StoreError; the TPM is OFF then."""
@@ -290,35 +291,27 @@ class Instance:
     # ---------------------------------------------------------------------------------------------
 
     def _submit(self, body: bytes) -> bytes:
-        """Run a command through the registers. What goes wrong on our side is answered with TPM_RC_FAILURE."""
-        registers = self._registers
-        try:
-            taken = registers.submit(self._locality, body)
-        except ValueError:
-            # Not one command: no driver could have sent it through the registers. The engine has the answer.
-            taken = None
-        if type(taken) is Busy:
-            return _RETRY
+        """Run one command through the registers: the way of every command, kept short.
+
+        What it changed is durable when this returns. What goes wrong on our side is answered with TPM_RC_FAILURE.
+        """
+        with self._device_lock:
+            if type(self._device.submit(self._locality, body)) is Busy:
+                return _RETRY
         try:
             response = self._run(body)
+            self._last_command = body
+            if self._uncommitted:
+                self._state.commit()
         except StoreError as error:
             log.error("%s; the command is answered with TPM_RC_FAILURE", error)
             response = _FAILURE
         except (EngineError, StateError) as error:
             log.error("%s; the command is answered with TPM_RC_FAILURE", error)
-            registers.fail()
+            self._registers.fail()
             return _FAILURE
-        if taken is not None:
-            registers.complete(response)
-        return response
-
-    def _run(self, body: bytes) -> bytes:
-        """Execute and commit. Raises EngineError, StoreError, StateError."""
-        response = self._engine.execute(body)
-        if len(body) >= HEAD_SIZE:
-            self._last_command = body[6:10]
-        if self._state.dirty:
-            self._state.commit()
+        with self._device_lock:
+            self._device.complete(response)
         return response
 
     def _power_on(self, *, delete_volatile: bool) -> None:
@@ -346,12 +339,14 @@ class Instance:
         self._may_manufacture = False
         self._last_command = b""
         self._registers.reset(established=self._engine.established())
+        self._powered = True
 
     def _power_off(self) -> None:
-        if not self._engine.running:
+        if not self._powered:
             return
-        if self._options.auto_shutdown and self._last_command != _SHUTDOWN:
+        if self._options.auto_shutdown and self._last_command[6:10] != _SHUTDOWN:
             self._send_shutdown()
+        self._powered = False
         self._registers.reset(established=self._engine.established())
         self._engine.stop()
 

@@ -14,20 +14,19 @@ from types import TracebackType
 class EngineLock:
     """As a context: for anything but a command from the data channel. Not reentrant."""
 
-    __slots__ = ("_engine", "_turnstile", "release")
+    __slots__ = ("_contested", "_engine", "_turnstile")
 
     def __init__(self) -> None:
         self._engine = threading.Lock()
         self._turnstile = threading.Lock()
-        self.release = self._engine.release
-        """Ends what `acquire_for_command` began."""
+        self._contested = self._turnstile.locked
 
-    def acquire_for_command(self) -> None:
-        """For one command from the data channel; lets everybody else go first."""
-        if self._turnstile.locked():
+    def for_command(self) -> threading.Lock:
+        """The lock to hold for one command from the data channel; lets everybody else go first."""
+        if self._contested():
             with self._turnstile:
                 pass
-        self._engine.acquire()
+        return self._engine
 
     def __enter__(self) -> None:
         self._turnstile.acquire()

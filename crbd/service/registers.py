@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 from crbd.crb.config import PAGE_SIZE, CrbConfig
 from crbd.crb.device import CrbDevice
-from crbd.crb.effects import Busy, Cancel, Effect, Execute
+from crbd.crb.effects import Cancel, Effect
 from crbd.crb.spec import Offset
 
 HASH_LOCALITY = 4
@@ -37,80 +37,71 @@ _HASH_COUNT_SIZE = 2
 class Registers:
     """The registers of one TPM. Every method may be called from any thread."""
 
-    __slots__ = ("_device", "_lock")
+    __slots__ = ("device", "lock")
 
     def __init__(self, config: CrbConfig) -> None:
-        self._device = CrbDevice(config)
-        self._lock = threading.Lock()
+        self.device = CrbDevice(config)
+        """For who holds `lock`."""
+        self.lock = threading.Lock()
 
     @property
     def localities(self) -> int:
         """How many localities there are."""
-        return self._device.config.localities
+        return self.device.config.localities
 
     def pages(self) -> bytes:
         """All localities' pages, 4 KiB each, as a guest would read them now."""
-        with self._lock:
-            return b"".join(self._device.read(number, 0, PAGE_SIZE) for number in range(self.localities))
-
-    def submit(self, locality: int, command: bytes) -> Execute | Busy:
-        """Start a whole command; `complete` or `fail` ends it. Raises ValueError for bytes that are not one command."""
-        with self._lock:
-            return self._device.submit(locality, command)
-
-    def complete(self, response: bytes) -> None:
-        """The command under way has this response."""
-        with self._lock:
-            self._device.complete(response)
+        with self.lock:
+            return b"".join(self.device.read(number, 0, PAGE_SIZE) for number in range(self.localities))
 
     def fail(self) -> None:
         """The command under way could not be carried out: tpmSts."""
-        with self._lock:
-            self._device.fail()
+        with self.lock:
+            self.device.fail()
 
     def cancel(self) -> bool:
         """Write CTRL_CANCEL, if a command executes; whether one does, and is to be cancelled."""
-        with self._lock:
-            executing = self._device.executing
+        with self.lock:
+            executing = self.device.executing
             if executing is None:
                 return False
-            effects = self._device.write(executing.locality, Offset.CTRL_CANCEL, _CANCEL)
-            self._device.write(executing.locality, Offset.CTRL_CANCEL, _CLEAR)
+            effects = self.device.write(executing.locality, Offset.CTRL_CANCEL, _CANCEL)
+            self.device.write(executing.locality, Offset.CTRL_CANCEL, _CLEAR)
             return any(isinstance(effect, Cancel) for effect in effects)
 
     def reset(self, *, established: bool) -> None:
         """A platform reset; tpmEstablished is as the engine has it."""
-        with self._lock:
-            self._device.reset()
-            self._device.set_established(established)
+        with self.lock:
+            self.device.reset()
+            self.device.set_established(established)
 
     def set_established(self, flag: bool) -> None:
         """Show the engine's tpmEstablished flag."""
-        with self._lock:
-            self._device.set_established(flag)
+        with self.lock:
+            self.device.set_established(flag)
 
     def reset_establishment(self, locality: int) -> Iterable[Effect]:
         """Write LOC_CTRL.resetEstablishment; what is to be done: nothing where `locality` may not."""
-        with self._lock:
-            return self._device.write(locality, Offset.LOC_CTRL, _RESET_ESTABLISHMENT)
+        with self.lock:
+            return self.device.write(locality, Offset.LOC_CTRL, _RESET_ESTABLISHMENT)
 
     def hash_start(self) -> Iterable[Effect]:
         """Write LOC_CTRL_4.hashStart."""
-        with self._lock:
-            return self._device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_START)
+        with self.lock:
+            return self.device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_START)
 
     def hash_data(self, data: bytes) -> Iterator[Effect]:
         """Write the data into the buffer and LOC_CTRL_4.hashData, piece by piece."""
-        room = self._device.config.buffer_size - _HASH_COUNT_SIZE
+        room = self.device.config.buffer_size - _HASH_COUNT_SIZE
         for at in range(0, len(data), room):
             piece = data[at : at + room]
-            with self._lock:
-                if self._device.active_locality == HASH_LOCALITY:
-                    self._device.buffer[: _HASH_COUNT_SIZE + len(piece)] = len(piece).to_bytes(2, "little") + piece
-                effects = self._device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_DATA)
+            with self.lock:
+                if self.device.active_locality == HASH_LOCALITY:
+                    self.device.buffer[: _HASH_COUNT_SIZE + len(piece)] = len(piece).to_bytes(2, "little") + piece
+                effects = self.device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_DATA)
             yield from effects
 
     def hash_end(self) -> Iterable[Effect]:
         """Write LOC_CTRL_4.hashEnd."""
-        with self._lock:
-            return self._device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_END)
+        with self.lock:
+            return self.device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_END)

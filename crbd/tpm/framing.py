@@ -12,6 +12,7 @@ response, and `u32 0`.
     BETWEEN --first bytes--> INSIDE --last byte--> BETWEEN      yields Command
     BETWEEN, INSIDE --size below 10--> BETWEEN                  yields Malformed(keep): what was received is dropped
     BETWEEN, INSIDE --size over the limit--> CLOSED             yields Malformed(close)
+    INSIDE --last byte, header and command disagree--> BETWEEN  yields Malformed(keep): just this one is dropped
     INSIDE --`stalled()`--> CLOSED                              yields Malformed(close)
 
 TPM commands carry no mark by which a reader could find the next one, so after a size that cannot be true there are
@@ -57,6 +58,12 @@ class Malformed(NamedTuple):
     close: bool
 
 
+def is_one_command(data: bytes, limit: int) -> bool:
+    """Whether a read that begins between two commands is exactly one plain command: what every real client sends."""
+    size = len(data)
+    return HEAD_SIZE <= size <= limit and data[2:6] == size.to_bytes(4, "big") and not data.startswith(SEND_COMMAND)
+
+
 class DataConnection:
     """The receiving half of one data connection.
 
@@ -78,15 +85,6 @@ class DataConnection:
 
     def receive(self, data: bytes) -> tuple[Command | Malformed, ...]:
         """Take in bytes from the peer; return what they complete, in order. Raises nothing, whatever the bytes are."""
-        # One plain command in one read: what every real client does, kept free of copies.
-        if (
-            not self._received
-            and len(data) >= HEAD_SIZE
-            and int.from_bytes(data[2:6], "big") == len(data) <= self._limit
-            and not data.startswith(SEND_COMMAND)
-            and not self._closed
-        ):
-            return (Command(data, None),)
         if self._closed:
             return ()
         self._received += data
@@ -117,9 +115,11 @@ class DataConnection:
         end = start + size
         if len(received) < end:
             return None
-        command = Command(bytes(received[start:end]), locality)
+        body = bytes(received[start:end])
         del received[:end]
-        return command
+        if start and int.from_bytes(body[2:6], "big") != size:
+            return Malformed(Command(b"", locality).frame(error_response(ResponseCode.COMMAND_SIZE)), close=False)
+        return Command(body, locality)
 
     def _give_up(self, *, prefixed: bool, close: bool) -> Malformed:
         self._received.clear()

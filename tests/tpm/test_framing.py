@@ -57,6 +57,17 @@ BAD = [
 ]
 
 
+DISAGREEING = bytes.fromhex("0000000800") + (11).to_bytes(4, "big") + GET_RANDOM[:11]
+
+
+def test_a_header_that_disagrees_with_its_command_costs_that_command_alone() -> None:
+    connection = DataConnection(LIMIT)
+    assert connection.receive(DISAGREEING + GET_RANDOM) == (
+        Malformed(FRAMED_WRONG_SIZE, close=False),
+        Command(GET_RANDOM, None),
+    )
+
+
 def ids(row: Row) -> str:
     return row.name
 
