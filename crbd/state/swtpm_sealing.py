@@ -5,8 +5,9 @@ Facts (swtpm 0.1 to 0.11: swtpm_nvstore.c, swtpm_aes.c, key.c). Lengths are byte
 - AES-128 or AES-256 in CBC mode. The text is padded to a multiple of the *key length* (not of the block), with 1 to
   key-length bytes that each hold their number.
 - Version 2: three TLVs: ciphertext, HMAC-SHA256 under the AES key over ciphertext and IV, and the IV. The IV's TLV is
-  as long as the key: CBC takes the first 16 bytes, the HMAC all of them. Blobs of 2018 have no IV TLV: the IV is zero
-  then, and the HMAC over the ciphertext alone. A flag in the head says whether the key was one of 256 bits.
+  as long as the key (or as the longest key that the process has used): CBC takes the first 16 bytes, the HMAC all of
+  them. Blobs of 2018 have no IV TLV: the IV is zero then, and the HMAC over the ciphertext alone. A flag in the head
+  says whether the key was one of 256 bits.
 - Version 1: no TLVs. The blob's rest is the ciphertext under a zero IV of SHA-256(state) and state. No flag says how
   long the key was.
 - In a file the state is encrypted by the file key. A migration blob is encrypted by the migration key, and what it
