@@ -161,7 +161,9 @@ def main() -> int:
     chosen = [*mutants(), *(source_mutants() if arguments.source else ())]
     mutation = Mutation([mutant for mutant in chosen if arguments.only in mutant.name])
     paths = [str(HERE / f"test_{name}.py") for name in TESTS]
-    pytest.main(["-p", "no:terminal", "-p", "no:cacheprovider", "--timeout", "20", *paths], plugins=[mutation])
+    pytest.main(
+        ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--timeout", "20", *paths], plugins=[mutation]
+    )
     print(f"{mutation.tried} mutants, {len(mutation.survivors)} survive")
     for name in mutation.survivors:
         print(f"  {name}")

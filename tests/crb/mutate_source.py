@@ -1,7 +1,7 @@
 """Small changes of the code, one at a time: comparisons turned, conditions negated, numbers off by one, `and` for `or`.
 
-A change is made in the syntax tree of a module, which is compiled again; the function that changed gives its new code to
-the function that is there, so that whoever imported it runs the changed one. Code at module level is left alone: the
+A change is made in the syntax tree of a module, which is compiled again; the function that changed gives its new code
+to the function that is there, so that whoever imported it runs the changed one. Code at module level is left alone: the
 table and the transitions have mutants of their own.
 """
 

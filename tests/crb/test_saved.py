@@ -136,6 +136,19 @@ def test_what_older_versions_cannot_say_is_refused(make: Maker, version: int) ->
         saved_form.lower(saved_form.saved(make().freeze()), version)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_page_that_would_read_back_as_another_device_is_refused(version: int) -> None:
+    several = CrbDevice(CrbConfig(localities=2, chunking=False))
+    scribbled = executing()
+    scribbled.write(0, 0x80, b"\xff" * 12)
+    completed = CrbDevice(CrbConfig(localities=1, chunking=False))
+    completed.submit(0, command())
+    completed.complete(response())
+    for device in (several, scribbled, completed):
+        with pytest.raises(StateDamagedError, match=f"cannot be said in version {version}"):
+            saved_form.lower(saved_form.saved(device.freeze()), version)
+
+
 def test_the_newest_version_is_itself() -> None:
     state = saved_form.saved(half_a_response().freeze())
     assert saved_form.lower(state, 3) is state
