@@ -270,14 +270,18 @@ class CrbDevice(CommandInterface):
         if state is None:
             return
         pages = self._pages
-        if self._executor != pages.owner:
+        if self._executor * PAGE_SIZE != pages.control:
             self._finish(State.IDLE)
             return
         buffer = pages.buffer
-        size = min(len(response), len(buffer))
-        buffer[:size] = response[:size]
-        if not self._keeps_tail:
-            buffer[size:] = self._zeros[size:]
+        size = len(response)
+        if size > len(buffer):
+            size = len(buffer)
+            buffer[:] = response[:size]
+        else:
+            buffer[:size] = response
+            if not self._keeps_tail:
+                buffer[size:] = self._zeros[size:]
         if self._config.chunking:
             self._response = response[: self._config.max_command]
             self._offset = size
@@ -341,24 +345,26 @@ class CrbDevice(CommandInterface):
 
         Raises ValueError for bytes that are no single command of at most `max_command` bytes.
         """
-        state = self._state
-        if state is State.EXECUTION or state is State.EXECUTION_IDLE:
-            return Busy(executing=True)
         size = len(command)
-        if command[2:6] != size.to_bytes(4, "big") or not COMMAND_HEAD <= size <= self._config.max_command:
-            raise ValueError(f"{size} bytes are not one TPM command of at most {self._config.max_command}")
+        state = self._state
         pages = self._pages
         memory = self._memory
         buffer = pages.buffer
-        ready = self._table.cmd_ready[state]
-        # LOC_STATE's locAssigned and activeLocality, in one comparison
-        if memory[0] & 0x1E != locality << 2 | 2 or self._command or size > len(buffer) or ready is None:
+        if (
+            # LOC_STATE's locAssigned and activeLocality, in one comparison
+            memory[0] & 0x1E != locality << 2 | 2
+            or not self._takes_at_once[state]
+            or self._command
+            or not COMMAND_HEAD <= size <= len(buffer)
+            or command[2:6] != size.to_bytes(4, "big")
+        ):
             return self._submit_slowly(locality, command)
         buffer[:size] = command
+        control = pages.control
         if state is State.COMPLETION:
             buffer[size:] = self._zeros[size:]
-        control = pages.control
-        memory[control + CTRL_STS] &= ~IDLE
+        elif state is State.IDLE:
+            memory[control + CTRL_STS] &= ~IDLE
         memory[control + CTRL_START] = START
         self._command = command
         self._response = b""
@@ -368,6 +374,11 @@ class CrbDevice(CommandInterface):
         return Execute(command, locality)
 
     def _submit_slowly(self, locality: int, command: bytes) -> Execute | Busy:
+        if self._state.executing:
+            return Busy(executing=True)
+        size = len(command)
+        if not COMMAND_HEAD <= size <= self._config.max_command or int.from_bytes(command[2:6], "big") != size:
+            raise ValueError(f"{size} bytes are not one TPM command of at most {self._config.max_command}")
         self._pages.check(locality, 0, 0)
         active = self._pages.active
         if active != locality:

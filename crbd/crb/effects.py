@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Execute:
+class Execute(NamedTuple):
     """Run `command` (a TPM command as the guest gave it, unchecked, perhaps cut short) on behalf of `locality`.
 
     The device waits: bring the response back by `complete`, or say `fail`.

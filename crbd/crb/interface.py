@@ -47,12 +47,15 @@ class CommandInterface:
         "_response",
         "_state",
         "_table",
+        "_takes_at_once",
         "_zeros",
     )
 
     def __init__(self, config: CrbConfig, buffer: memoryview | None = None) -> None:
         self._config = config
         self._table = transitions(config)
+        # By State: whether cmdReady alone leads to where a command can be put in.
+        self._takes_at_once = tuple(not state.executing and self._table.cmd_ready[state] is not None for state in State)
         self._ptp = config.dialect is Dialect.PTP
         self._keeps_tail = config.dialect is Dialect.QEMU_7_2
         self._zeros = memoryview(bytes(config.buffer_size))
@@ -149,6 +152,7 @@ class CommandInterface:
 
     def _enter(self, state: State) -> None:
         control = self._pages.control
-        self._memory[control + CTRL_STS] = self._memory[control + CTRL_STS] & ~IDLE | _IDLE_BIT[state]
-        self._memory[control + CTRL_START] = _START_BIT[state]
+        memory = self._memory
+        memory[control + CTRL_STS] = memory[control + CTRL_STS] & ~IDLE | _IDLE_BIT[state]
+        memory[control + CTRL_START] = _START_BIT[state]
         self._state = state
