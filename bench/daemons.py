@@ -26,11 +26,13 @@ import commands
 HERE = Path(__file__).resolve().parent
 
 CRBD = "crbd"
+BARE_CRBD = "crbd-bare"
+"""crbd whose commands do not go through the CRB device (bare_crbd.py)."""
 SWTPM = "swtpm"
 C_ECHO = "c-echo"
 PYTHON_ECHO = "python-echo"
-SUBJECTS = (SWTPM, CRBD, C_ECHO, PYTHON_ECHO)
-TPMS = (SWTPM, CRBD)
+SUBJECTS = (SWTPM, CRBD, BARE_CRBD, C_ECHO, PYTHON_ECHO)
+TPMS = (SWTPM, CRBD, BARE_CRBD)
 
 START_DEADLINE = 30.0
 """Seconds that a daemon has for its first reply; a new TPM may have to be made first."""
@@ -61,10 +63,11 @@ class Programs:
             store = f"dir={state},fsync" if self.swtpm_fsync else f"dir={state}"
             ends = ["--server", f"type=unixio,path={data}", "--ctrl", f"type=unixio,path={control}"]
             return [self.swtpm, "socket", "--tpm2", *ends, "--tpmstate", store, "--flags", FLAGS]
-        if subject == CRBD:
+        if subject in (CRBD, BARE_CRBD):
+            program = ["-m", "crbd"] if subject == CRBD else [str(HERE / "bare_crbd.py")]
             create = [] if any(state.iterdir()) else ["--create"]
             ends = ["--data", f"unix:{data}", "--ctrl", f"unix:{control}"]
-            return [self.python, "-m", "crbd", "serve", "--state", str(state), *ends, "--flags", FLAGS, *create]
+            return [self.python, *program, "serve", "--state", str(state), *ends, "--flags", FLAGS, *create]
         if subject == PYTHON_ECHO:
             return [self.python, str(HERE / "echo.py"), str(data)]
         if subject == C_ECHO and self.c_echo is not None:

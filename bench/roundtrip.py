@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from daemons import (
+    BARE_CRBD,
     CRBD,
     SUBJECTS,
     SWTPM,
@@ -44,6 +45,8 @@ QUICK_LIMITS = {ONE_CPU: 1.6, TWO_CPUS: 1.1}
 """How many times swtpm's p50 a quick command may take, by layout."""
 CRYPTO_LIMIT = 1.05
 """How many times swtpm's p50 a signature may take."""
+DEVICE_LIMIT_US = 5.0
+"""What a quick command's p50 may cost more than without the CRB device, in µs."""
 START_LIMIT_MS = 300.0
 """From exec to the first reply, p50."""
 RSS_LIMIT_MB = 40.0
@@ -116,6 +119,8 @@ def judge(report: Report) -> list[Verdict]:
             bound = QUICK_LIMITS[trips.layout.name] if operation in QUICK else CRYPTO_LIMIT
             what = f"{operation}, {trips.layout.name}: p50 as a multiple of swtpm's"
             verdicts.append(Verdict(what, found[0] if found else None, bound))
+        if BARE_CRBD in trips.memory:
+            verdicts += [_device_cost(trips, operation) for operation in QUICK]
     starts = report.starts.get(CRBD)
     verdicts.append(
         Verdict("exec to first reply: p50 in ms", Summary.of(starts).p50 / 1e6 if starts else None, START_LIMIT_MS)
@@ -123,6 +128,17 @@ def judge(report: Report) -> list[Verdict]:
     resident = [trips.memory[CRBD].rss / 1e6 for trips in report.trips if CRBD in trips.memory]
     verdicts.append(Verdict("resident memory after the start in MB", max(resident, default=None), RSS_LIMIT_MB))
     return verdicts
+
+
+def _device_cost(trips: RoundTrips, operation: str) -> Verdict:
+    """What the way through the CRB device costs a quick command, in µs: the median of the rounds' differences."""
+    batches = trips.batches.get(operation, {})
+    differences = sorted(
+        (Summary.of(through).p50 - Summary.of(bare).p50) / 1e3
+        for through, bare in zip(batches.get(CRBD, []), batches.get(BARE_CRBD, []), strict=False)
+    )
+    what = f"{operation}, {trips.layout.name}: cost of the CRB device in µs"
+    return Verdict(what, percentile(differences, 0.50) if differences else None, DEVICE_LIMIT_US)
 
 
 def show(report: Report) -> None:
