@@ -147,7 +147,8 @@ def test_the_cut_of_the_stream_does_not_matter(sent: list[bytes], data: st.DataO
     stream = b"".join(sent)
     whole = DataConnection(LIMIT).receive(stream)
     assert len(whole) == len(sent)
-    cut, seen = DataConnection(LIMIT), []
+    cut = DataConnection(LIMIT)
+    seen: list[Command | Malformed] = []
     while stream:
         size = data.draw(st.integers(1, len(stream)))
         seen += cut.receive(stream[:size])
