@@ -355,7 +355,7 @@ class CrbDevice(CommandInterface):
             memory[0] & 0x1E != locality << 2 | 2
             or not self._takes_at_once[state]
             or self._command
-            or not COMMAND_HEAD <= size <= len(buffer)
+            or not COMMAND_HEAD <= size <= self._at_once
             or command[2:6] != size.to_bytes(4, "big")
         ):
             return self._submit_slowly(locality, command)

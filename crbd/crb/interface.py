@@ -35,6 +35,7 @@ class CommandInterface:
     """State and data of one command at a time. `buffer` is the data buffer where it is separate."""
 
     __slots__ = (
+        "_at_once",
         "_command",
         "_config",
         "_executor",
@@ -56,6 +57,8 @@ class CommandInterface:
         self._table = transitions(config)
         # By State: whether cmdReady alone leads to where a command can be put in.
         self._takes_at_once = tuple(not state.executing and self._table.cmd_ready[state] is not None for state in State)
+        # Bytes of the longest command that needs no pieces.
+        self._at_once = min(config.buffer_size, config.max_command)
         self._ptp = config.dialect is Dialect.PTP
         self._keeps_tail = config.dialect is Dialect.QEMU_7_2
         self._zeros = memoryview(bytes(config.buffer_size))

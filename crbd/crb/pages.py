@@ -43,8 +43,6 @@ class Pages:
         self.config = config
         self.separate = separate
         self.memory = bytearray(config.localities * PAGE_SIZE)
-        self.control = 0
-        self.buffer = self._buffer_of(0)
         self.reset(NOT_ESTABLISHED)
 
     # -- reading

@@ -197,6 +197,25 @@ def test_a_seize_withdrawn_before_it_takes_effect(device: CrbDevice) -> None:
     assert buffer_of(device, 28) == response()
 
 
+def test_one_of_two_seizes_withdrawn(device: CrbDevice) -> None:
+    start(device)
+    for locality in (1, 3):
+        put(device, Offset.LOC_CTRL, SEIZE, locality)
+    relinquish(device, 3)
+    assert statuses(device)[0] == GRANTED | SEIZED
+    assert CrbDevice.thaw(device.config, device.freeze()).freeze() == device.freeze()
+    device.complete(response())
+    assert statuses(device) == [SEIZED, GRANTED, 0, 0, 0]
+
+
+def test_nobody_seizes_from_itself(device: CrbDevice) -> None:
+    start(device, locality=2)
+    before = device.freeze()
+    for locality in (2, 0):
+        assert put(device, Offset.LOC_CTRL, SEIZE, locality) == ()
+    assert device.freeze() == before
+
+
 def test_a_lower_request_does_not_keep_a_withdrawn_seize(device: CrbDevice) -> None:
     start(device, locality=1)
     put(device, Offset.LOC_CTRL, SEIZE, 3)
@@ -278,6 +297,16 @@ def test_reset_establishment_from_3_and_4_only(device: CrbDevice, locality: int)
     """TPM_LOC_CTRL_x.resetEstablishmentBit; the flag itself is the engine's."""
     effects = put(device, Offset.LOC_CTRL, RESET_ESTABLISHMENT, locality)
     assert effects == ((ResetEstablished(locality),) if locality >= 3 else ())
+
+
+def test_a_reset_gives_the_control_area_back_to_locality_0(device: CrbDevice) -> None:
+    """PTP, section on _TPM_Init: no locality is active."""
+    request(device, 1)
+    start(device, locality=3)
+    device.reset()
+    assert device.freeze() == CrbDevice(CrbConfig()).freeze()
+    assert start(device) == (Execute(command(), 0),)
+    assert word(device, Offset.CTRL_START, 0) == 1
 
 
 def test_established(device: CrbDevice) -> None:

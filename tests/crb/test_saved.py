@@ -22,7 +22,7 @@ from crbd.errors import StateDamagedError, StateNewerError
 from crbd.state import crb as saved_form
 from crbd.state.crb import CrbStateV1, CrbStateV2, CrbStateV3, CrbTransfer
 
-from .driver import NEXT, buffer_of, command, put, response, word
+from .driver import NEXT, buffer_of, command, fill_buffer, put, ready, response, run, start, word
 from .histories import act, actions
 from .saved_devices import (
     CHUNKS,
@@ -60,7 +60,7 @@ def test_every_field_of_the_device_is_saved_or_derived() -> None:
         "_state": {"completed"},
         "_pages": {"words", "statuses", "buffer"},
     }
-    derived_from_config = {"_config", "_table", "_takes_at_once", "_ptp", "_keeps_tail", "_zeros"}
+    derived_from_config = {"_config", "_at_once", "_table", "_takes_at_once", "_ptp", "_keeps_tail", "_zeros"}
     derived_from_pages = {"_memory"}
     assert set(CommandInterface.__slots__) | set(CrbDevice.__slots__) == (
         saved.keys() | derived_from_config | derived_from_pages
@@ -170,6 +170,37 @@ def test_a_transfer_is_saved_only_while_one_is_under_way() -> None:
     assert saved_form.saved(small_buffer().freeze()).transfer is None
     for make in (executing, half_a_command, half_a_response, seized_while_executing):
         assert saved_form.saved(make().freeze()).transfer is not None
+
+
+def test_the_bounds_of_a_transfer_are_allowed() -> None:
+    at_most = CrbDevice(CHUNKS)
+    at_most.submit(0, command(300))
+    answered_at_most = CrbDevice(CHUNKS)
+    run(answered_at_most, answer=response(300))
+    shortest = CrbDevice(CHUNKS)
+    ready(shortest)
+    fill_buffer(shortest, command(10))
+    put(shortest, Offset.CTRL_START, NEXT)
+    assert shortest.freeze().command == command(10)
+    for device in (at_most, answered_at_most, shortest):
+        assert thaw(CHUNKS, saved_form.saved(device.freeze())).freeze() == device.freeze()
+
+
+def test_a_fatal_error_is_not_idleness() -> None:
+    device = CrbDevice(CrbConfig())
+    start(device)
+    device.fail()
+    assert thaw(CrbConfig(), saved_form.saved(device.freeze())).state is State.COMPLETION
+    put(device, Offset.CTRL_REQ, 1)
+    assert thaw(CrbConfig(), saved_form.saved(device.freeze())).state is State.READY
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_whole_buffer_goes_through_older_versions(version: int) -> None:
+    device = CrbDevice(CrbConfig.qemu_7_2())
+    run(device, answer=response(0xF80))
+    state = saved_form.saved(device.freeze())
+    assert saved_form.lift(saved_form.lower(state, version)) == state
 
 
 def test_a_thawed_device_goes_on_in_the_middle_of_everything() -> None:
@@ -286,6 +317,9 @@ def refusals() -> dict[str, tuple[CrbConfig, CrbSnapshot, str]]:
     busy.submit(0, command())
     done.submit(0, command())
     done.complete(response())
+    taken_over = CrbDevice(five)
+    taken_over.submit(1, command())
+    put(taken_over, Offset.LOC_CTRL, 1, locality=4)
     at_rest, at_work, over = idle.freeze(), busy.freeze(), done.freeze()
     seized = seized_while_executing().freeze()
     half, old = half_a_command().freeze(), fresh().freeze()
@@ -315,6 +349,7 @@ def refusals() -> dict[str, tuple[CrbConfig, CrbSnapshot, str]]:
         "somebody and no start": (five, replace(over, executor=0), "CTRL_START"),
         "start of locality 5": (five, replace(at_work, executor=5), "CTRL_START"),
         "start of another": (five, replace(at_work, executor=1), "CTRL_START"),
+        "start of nobody there": (five, replace(taken_over.freeze(), executor=5), "CTRL_START"),
         "completed and idle": (five, replace(at_rest, completed=True), "CTRL_STS"),
         "completed and executing": (five, replace(at_work, completed=True), "CTRL_STS"),
         "completed on QEMU": (old_config, replace(change(fresh(), CTRL_STS=0), completed=True), "CTRL_STS"),

@@ -160,7 +160,10 @@ def test_reserved_words_have_a_name_too() -> None:
         ("max_command", lambda: CrbConfig(max_command=63)),
         ("max_command", lambda: CrbConfig(max_command=(1 << 20) + 1)),
         ("vendor_id", lambda: CrbConfig(vendor_id=0x10000)),
+        ("vendor_id", lambda: CrbConfig(vendor_id=-1)),
+        ("device_id", lambda: CrbConfig(device_id=0x10000)),
         ("device_id", lambda: CrbConfig(device_id=-1)),
+        ("revision", lambda: CrbConfig(revision=-1)),
         ("revision", lambda: CrbConfig(revision=0x100)),
         ("base", lambda: CrbConfig(base=-0x1000)),
         ("base", lambda: CrbConfig(base=0x800)),
@@ -174,6 +177,8 @@ def test_what_no_device_can_be(field: str, make: Callable[[], CrbConfig]) -> Non
 
 def test_the_bounds_are_allowed() -> None:
     CrbConfig(localities=5, buffer_size=64, max_command=64, base=(1 << 64) - 0x5000)
+    CrbConfig(vendor_id=0, device_id=0, revision=0, base=0)
+    CrbConfig(vendor_id=0xFFFF, device_id=0xFFFF, revision=0xFF)
     CrbConfig(localities=1, buffer_size=1 << 20, max_command=1 << 20, separate_buffer=True)
     with pytest.raises(ValueError, match="buffer_size"):
         CrbConfig(buffer_size=(1 << 20) + 1, separate_buffer=True)

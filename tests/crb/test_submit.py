@@ -164,6 +164,27 @@ def test_a_begun_command_gives_way() -> None:
         assert device.submit(0, command()) == Execute(command(), 0)
 
 
+def test_cancel_is_left_alone_where_no_transfer_is_in_the_way() -> None:
+    """A guest that never wrote its 0 finds its 1 again."""
+    config = CONFIGS["ptp"]
+    for size, answer in ((65, response(20)), (64, response(100))):
+        device = CrbDevice(config)
+        run(device, answer=answer)
+        put(device, Offset.CTRL_REQ, CMD_READY)
+        put(device, Offset.CTRL_CANCEL, 1)
+        assert device.submit(0, command(size)) == Execute(command(size), 0)
+        assert word(device, Offset.CTRL_CANCEL) == 1
+
+
+def test_no_command_is_longer_than_the_tpm_takes() -> None:
+    """Also where the buffer has room for it."""
+    device = CrbDevice(CrbConfig(max_command=100))
+    put(device, Offset.LOC_CTRL, REQUEST_ACCESS)
+    with pytest.raises(ValueError, match="at most 100"):
+        device.submit(0, command(101))
+    assert device.submit(0, command(100)) == Execute(command(100), 0)
+
+
 def test_cancel_reaches_a_submitted_command() -> None:
     device = CrbDevice(CrbConfig())
     device.submit(0, command())

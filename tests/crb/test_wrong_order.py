@@ -174,7 +174,7 @@ def test_a_command_up_to_the_buffer(config: CrbConfig, size: int) -> None:
     assert start(CrbDevice(config), command(size)) == (Execute(command(size), 0),)
 
 
-@pytest.mark.parametrize("size", [0xF81, 0x1000, 0x1001, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [0xF81, 0x1000, 0x1001, 0x01000000, 0xFFFFFFFF])
 @everywhere
 def test_a_command_that_says_it_is_longer_than_the_buffer(config: CrbConfig, size: int) -> None:
     """QEMU: command-sizes. The buffer goes to the TPM, which answers TPM_RC_COMMAND_SIZE."""
@@ -289,6 +289,15 @@ def test_partial_writes_touch_their_lanes_only(config: CrbConfig) -> None:
     fill_buffer(device, command())
     # The register's upper half goes with the bytes before it: 2 at 0x4A, 2 at 0x4C, 2 at 0x4E, 2 at 0x50.
     assert device.write(0, Offset.CTRL_START - 2, b"\x00\x00\x01\x00\x00\x00\x00\x00") == (Execute(command(), 0),)
+
+
+def test_a_piece_counts_with_all_its_lanes_and_no_others() -> None:
+    """QEMU: write-unaligned. 4 bytes at 0x3F are 1 at 0x3F, 2 at CTRL_REQ, 1 at 0x42."""
+    device = CrbDevice(CrbConfig.qemu_7_2())
+    device.write(0, Offset.CTRL_REQ, b"\x01\x01")
+    assert word(device, Offset.CTRL_STS) == 2
+    device.write(0, Offset.CTRL_REQ - 1, b"\x00\x01\x00\x01")
+    assert word(device, Offset.CTRL_STS) == 0
 
 
 def test_an_access_of_8_bytes_is_two_in_order() -> None:
