@@ -78,6 +78,8 @@ class RegularFile:
         self._descriptor = descriptor
         self._named = named
         self._name_is_durable = named
+        status = os.fstat(descriptor)
+        self._identity = (status.st_dev, status.st_ino)
 
     @classmethod
     def open(cls, path: Path, *, create: bool, writable: bool = True) -> RegularFile:
@@ -184,8 +186,8 @@ class RegularFile:
                 _unnamed(self._path).unlink()
 
     def _is_at(self, path: Path) -> bool:
-        found, own = os.stat(path, follow_symlinks=False), os.fstat(self._descriptor)
-        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+        found = os.stat(path, follow_symlinks=False)
+        return (found.st_dev, found.st_ino) == self._identity
 
 
 def _unnamed(path: Path) -> Path:
