@@ -59,7 +59,7 @@ class LockFile:
 
 
 def lock_whole(descriptor: int, path: Path) -> None:
-    """Lock an open state file itself, as swtpm (0.8 and later) locks a linear one; closing the descriptor releases it.
+    """Lock an open state file itself, as swtpm (0.10 and later) locks a linear one; closing the descriptor releases it.
 
     Locking twice is no error. Raises StateLockedError if another process holds it, StateAccessError if the file system
     has no locks.

@@ -132,7 +132,7 @@ def test_a_file_does_not_grow_for_ever(path: Path) -> None:
 # -- locks and fences
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
-"""As swtpm 0.8 and later: a record lock on the file itself."""
+"""As swtpm 0.10 and later: a record lock on the file itself."""
 
 
 def test_locks(path: Path) -> None:
