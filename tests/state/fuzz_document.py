@@ -21,13 +21,13 @@ from crbd.state.sealing import Seal
 
 from . import samples as s
 
-SEALED = encode(s.sample(), Seal.create(s.UUID_A, [s.key(), s.passphrase()], entropy=s.counting_entropy(b"fuzz")))
+SEALED = encode(s.sample(), Seal.create(s.UUID_A, [s.other_key()], entropy=s.counting_entropy(b"fuzz")))
 ENTRANCES: tuple[Callable[[bytes], object], ...] = (
     decode,
     verify,
     key_slots,
     peek_header,
-    lambda data: decode(data, [s.key()]),
+    lambda data: decode(data, [s.other_key()]),
 )
 
 
@@ -53,6 +53,7 @@ def one_input(data: bytes) -> None:
     """As they come, and behind a right SHA-256, which a fuzzer would never find."""
     judged(data)
     judged(s.with_digest(data))
+    judged(s.resummed(data))
 
 
 if __name__ == "__main__":

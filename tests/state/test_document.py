@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from crbd.engine.port import EngineVersion
-from crbd.errors import StateError, StateIdentityError, StateUnfinishedError
+from crbd.errors import StateDamagedError, StateError, StateIdentityError, StateUnfinishedError
 from crbd.state.document import (
     NEWEST,
     Document,
@@ -174,6 +174,9 @@ def test_a_document_over_the_cap_is_not_written() -> None:
     largest = dataclasses.replace(s.sample(), unknown=(Section("x", 1, bytes(fits), may_skip=True),))
     assert len(encode(largest)) == MAX_DOCUMENT
     assert decode(encode(largest)) == largest
+    longer = s.with_digest(encode(largest)[:-32] + b"x")
+    with pytest.raises(StateDamagedError, match="is longer than any, 4194305 bytes"):
+        decode(longer)
 
 
 def test_the_magic_shows_a_transfer_as_text() -> None:

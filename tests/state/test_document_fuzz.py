@@ -47,7 +47,7 @@ def test_no_byte_of_a_sealed_document_may_change(place: int, flip: int) -> None:
     if data == SEALED:
         return  # The change was in the SHA-256 itself.
     with pytest.raises(StateError):
-        decode(data, [s.key()])
+        decode(data, [s.other_key()])
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -64,7 +64,7 @@ def peak(work: Callable[[], object]) -> int:
 def refused(data: bytes) -> Callable[[], None]:
     def work() -> None:
         with pytest.raises(StateError):
-            decode(data, [s.key()] if data[12:13] == b"\1" else None)
+            decode(data, [s.other_key()] if data[12:13] == b"\1" else None)
 
     return work
 
