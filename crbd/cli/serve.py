@@ -11,13 +11,16 @@ from pathlib import Path
 
 import trio
 
+from crbd.cli.keys import read_key, read_passphrase
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import parse_endpoint
 from crbd.service.options import InstanceOptions, Startup
-from crbd.store.directory import open_directory
+from crbd.state.keys import UserKey
+from crbd.store.document import NewTpm
+from crbd.store.layout import Layout, open_state
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
 
@@ -44,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("state (one of these is needed)")
     where.add_argument("--state", metavar="DIR", type=Path, help="directory that holds the TPM's state")
     where.add_argument("--ephemeral", action="store_true", help="a new TPM that is gone when crbd ends")
+    where.add_argument(
+        "--layout",
+        choices=[layout.value for layout in Layout],
+        help="layout of a new DIR: crbd (default) or swtpm; what is there is opened as it is",
+    )
+    parser.add_argument(
+        "--key", metavar="SOURCE", help="seal the state with this key: file:PATH, fd:N, credential:NAME, exec:PROGRAM"
+    )
+    parser.add_argument("--passphrase", metavar="SOURCE", help="the same with a passphrase")
+    parser.add_argument("--name", default="", help="what a new TPM is called, for people")
     parser.add_argument(
         "--create", action="store_true", help="make a new TPM if DIR holds none; without it, no state is an error"
     )
@@ -72,9 +85,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.state is None and not arguments.ephemeral:
         raise UsageError("nothing says where the TPM's state is", "give --state DIR or --ephemeral")
     make_engine = partial(_make_engine, library=arguments.libtpms)
-    store: Store = MemoryStore() if arguments.ephemeral else open_directory(arguments.state, create=arguments.create)
+    store: Store = MemoryStore() if arguments.ephemeral else _open_state(arguments)
     trio.run(partial(serve, options, store, make_engine))
     return 0
+
+
+def _open_state(arguments: argparse.Namespace) -> Store:
+    keys: list[UserKey] = []
+    if arguments.key is not None:
+        keys.append(read_key(arguments.key))
+    if arguments.passphrase is not None:
+        keys.append(read_passphrase(arguments.passphrase))
+    return open_state(
+        arguments.state,
+        create=arguments.create,
+        layout=None if arguments.layout is None else Layout(arguments.layout),
+        new=NewTpm(arguments.name, tuple(keys)),
+    )
 
 
 def _daemon_options(arguments: argparse.Namespace) -> DaemonOptions:

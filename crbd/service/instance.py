@@ -22,6 +22,7 @@ computes.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ from crbd.service.lock import EngineLock
 from crbd.service.options import InstanceOptions, Startup
 from crbd.service.registers import Registers
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 from crbd.state.swtpm import decode_migration, encode_migration
 from crbd.store.port import Store
 from crbd.tpm.codes import CommandCode, ResponseCode, StartupType
@@ -44,6 +46,8 @@ from crbd.tpm.results import TpmResult
 log = logging.getLogger(__name__)
 
 MAX_LOCALITY = 4
+_INFO_ACTIVE_PROFILE = 32
+"""libtpms' TPMLIB_INFO_ACTIVE_PROFILE."""
 LOCK_RETRY_INTERVAL = 0.010
 """Seconds between two tries of LOCK_STORAGE (swtpm's figure)."""
 
@@ -62,6 +66,7 @@ class Instance:
         self._state = DurableState(store)
         self._engine = make_engine(self._state)
         self._options = options
+        store.use_engine(_stamp_of(self._engine))
         self._may_manufacture = options.may_manufacture
         self._registers = Registers(CrbConfig(max_command=self._engine.buffer_size().maximum))
         # What the way of a command touches, one look-up away.
@@ -328,6 +333,7 @@ class Instance:
             raise
         finally:
             self._handed_in.clear()
+        self._store.use_engine(_stamp_of(self._engine))
         if delete_volatile:
             self._state.delete(StateKind.VOLATILE)
         try:
@@ -389,3 +395,13 @@ class Instance:
             return _BAD_LOCALITY
         self._move_to(locality)
         return success_response()
+
+
+def _stamp_of(engine: Engine) -> EngineStamp:
+    """Which engine this is; with the profile of its TPM where the library has profiles and the TPM is on."""
+    version = engine.version
+    if not (engine.supports_profiles and engine.running):
+        return EngineStamp(version.major, version.minor, version.micro)
+    profile = json.loads(engine.info(_INFO_ACTIVE_PROFILE)).get("ActiveProfile", {})
+    name, level = profile.get("Name", ""), profile.get("StateFormatLevel", 0)
+    return EngineStamp(version.major, version.minor, version.micro, name, level)

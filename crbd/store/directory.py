@@ -13,7 +13,9 @@ from pathlib import Path
 
 from crbd.errors import StateAbsentError, StateAccessError, StateDamagedError, StateError, StoreError
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
+from crbd.store.files import make_directory
 from crbd.store.lockfile import LockFile
 
 
@@ -28,14 +30,11 @@ class DirectoryStore:
         self._path = path
         self._lock: LockFile | None = None
         if create:
-            try:
-                _make_directory(path)
-            except OSError as error:
-                raise StateAccessError(
-                    f"{path} cannot be made: {error.strerror}", "make the directory above it, writable for this user"
-                ) from error
+            make_directory(path)
         try:
             self._directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # What a killed predecessor renamed and did not sync must not be shown to a guest before it is durable.
+            os.fsync(self._directory)
         except FileNotFoundError as error:
             raise StateAbsentError(
                 f"{path} does not exist", "check the path, or make a new TPM there with --create"
@@ -48,6 +47,9 @@ class DirectoryStore:
     @property
     def name(self) -> str:
         return str(self._path)
+
+    def use_engine(self, stamp: EngineStamp) -> None:
+        """swtpm's files do not say which engine wrote them; libtpms judges its blobs itself."""
 
     def lock(self) -> None:
         if self._lock is None:
@@ -73,7 +75,9 @@ class DirectoryStore:
                     self._remove(self._file(kind))
                 else:
                     self._replace(self._file(kind), encode_file(data))
-            os.fsync(self._directory)
+                # Each by itself: without it volatile state could outlive a power cut that the permanent state before
+                # it does not.
+                os.fsync(self._directory)
         except OSError as error:
             raise StoreError(f"TPM state in {self._path} could not be written: {error.strerror}") from error
 
@@ -123,19 +127,6 @@ class DirectoryStore:
     @staticmethod
     def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
-
-
-def _make_directory(path: Path) -> None:
-    """Make the directory, durably: a state file in a directory that a power cut takes away is lost all the same."""
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        return
-    above = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(above)
-    finally:
-        os.close(above)
 
 
 def open_directory(path: Path, *, create: bool) -> DirectoryStore:

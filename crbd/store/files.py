@@ -208,3 +208,45 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Put a whole file (0600) at `path`, replacing what is there: after a power cut it is the old or the new one.
+
+    Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory for state (0700) if it is not there, durably: what lies in one that is lost is lost too.
+
+    Raises StateAccessError.
+    """
+    try:
+        path.mkdir(mode=0o700)
+        sync_directory(path.parent)
+    except FileExistsError:
+        return
+    except OSError as error:
+        remedy = "make the directory above it, writable for this user"
+        raise StateAccessError(f"{path} cannot be made: {error.strerror}", remedy) from error

@@ -34,6 +34,7 @@ from crbd.errors import (
     StoreFencedError,
 )
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
 from crbd.store.files import BlockFile, RegularFile
 
@@ -145,6 +146,9 @@ class LinearStore:
     def unlock(self) -> None:
         """Let another be the user, until `lock`. Raises StateAccessError."""
         self._file.unlock()
+
+    def use_engine(self, stamp: EngineStamp) -> None:
+        """swtpm's file does not say which engine wrote it; libtpms judges its blobs itself."""
 
     def load(self, kind: StateKind) -> bytes | None:
         section = self._sections.get(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 
 
 class MemoryStore:
@@ -19,6 +20,9 @@ class MemoryStore:
 
     def lock(self) -> None:
         """Nobody else can see this store."""
+
+    def use_engine(self, stamp: EngineStamp) -> None:
+        """The engine does not change while the process lives."""
 
     def load(self, kind: StateKind) -> bytes | None:
         return self._held.get(kind)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 
 
 class Store(Protocol):
@@ -17,6 +18,13 @@ class Store(Protocol):
 
     def lock(self) -> None:
         """Become the only user. Raises StateLockedError, StateAccessError; locking twice is no error."""
+
+    def use_engine(self, stamp: EngineStamp) -> None:
+        """Whose state is loaded and committed from now on.
+
+        What is committed is marked with it where the layout has room for that; `load` refuses what a newer engine
+        wrote.
+        """
 
     def load(self, kind: StateKind) -> bytes | None:
         """The engine's state as last committed; None where it is truly absent.

@@ -35,7 +35,7 @@ def test_a_signal_ends_it_with_0_and_leaves_only_the_state(tmp_path: Path, numbe
         assert len(ask(tmp_path / "data", c.GET_RANDOM, 28)) == 28
         assert end(process, number) == (0, "")
     assert contents(tmp_path) == ["state"]
-    assert contents(tmp_path / "state") == [".lock", "tpm2-00.permall"]
+    assert contents(tmp_path / "state") == [".lock", "tpm.crbd"]
 
 
 def test_shutdown_ends_it_with_0(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_absent_state_is_not_made(tmp_path: Path) -> None:
     assert contents(tmp_path) == []
     (tmp_path / "state").mkdir()
     refuse(11, "--create", *options(tmp_path))
-    assert contents(tmp_path / "state") == [".lock"]
+    assert contents(tmp_path / "state") == []
 
 
 def test_unreadable_state_changes_nothing(tmp_path: Path) -> None:
@@ -91,6 +91,79 @@ def test_unreadable_state_changes_nothing(tmp_path: Path) -> None:
         assert str(tmp_path / "state") in message
         assert permall.read_bytes() == content
         assert contents(tmp_path) == ["state"]
+
+
+def test_damaged_state_of_our_own_changes_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, *options(tmp_path), "--create", "--flags", "startup-clear") as process:
+        assert end(process) == (0, "")
+    file = tmp_path / "state" / "tpm.crbd"
+    whole = file.read_bytes()
+    for code, content in ((17, b""), (19, b"x" * len(whole)), (12, whole[:512] + bytes(len(whole) - 512))):
+        file.write_bytes(content)
+        message = refuse(code, str(file), *options(tmp_path), "--create", "--flags", "startup-clear")
+        assert message.count(": ") >= 2, "a remedy"
+        assert file.read_bytes() == content
+
+
+def test_swtpms_layout_where_it_is_asked_for_or_found(tmp_path: Path) -> None:
+    flags = ["--flags", "startup-clear"]
+    with serving(tmp_path, *options(tmp_path), *flags, "--create", "--layout", "swtpm") as process:
+        assert contents(tmp_path / "state") == [".lock", "tpm2-00.permall"]
+        assert end(process) == (0, "")
+    with serving(tmp_path, *options(tmp_path), *flags) as process:
+        assert end(process) == (0, "")
+    assert contents(tmp_path / "state") == [".lock", "tpm2-00.permall"]
+    refuse(19, "swtpm layout", *options(tmp_path), "--layout", "crbd")
+    (tmp_path / "state" / "tpm.crbd").write_bytes(b"")
+    refuse(19, "of crbd (tpm.crbd) and of swtpm", *options(tmp_path))
+
+
+def test_sealed_state_wants_its_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "hex").write_text(bytes(range(32)).hex() + "\n")
+    (tmp_path / "other").write_bytes(bytes(32))
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ncat {tmp_path}/key\n")
+    hook.chmod(0o700)
+    flags = ["--flags", "startup-clear"]
+    key = ["--key", f"file:{tmp_path}/key"]
+    with serving(tmp_path, *options(tmp_path), *flags, *key, "--create") as process:
+        assert c.code(ask(tmp_path / "data", c.nv_define(8), 10 + 5 + 4)) == c.SUCCESS
+        assert end(process) == (0, "")
+    before = (tmp_path / "state" / "tpm.crbd").read_bytes()
+    refuse(14, "encrypted and no key", *options(tmp_path))
+    refuse(40, "none of the given keys", *options(tmp_path), "--key", f"file:{tmp_path}/other")
+    refuse(40, "none of the given keys", *options(tmp_path), "--passphrase", f"file:{tmp_path}/key")
+    assert (tmp_path / "state" / "tpm.crbd").read_bytes() == before
+    for source in (f"file:{tmp_path}/hex", f"exec:{hook}"):
+        with serving(tmp_path, *options(tmp_path), *flags, "--key", source) as process:
+            assert ask(tmp_path / "data", c.nv_define(8), 10)[6:] == bytes.fromhex("0000014c")
+            assert end(process) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("says not where from", ["--key", "nonsense"]),
+        ("says not where from", ["--passphrase", "pass:word"]),
+        ("--key file:/no/such/key", ["--key", "file:/no/such/key"]),
+        ("ended with status 1", ["--key", "exec:/bin/false"]),
+        ("has 0 bytes", ["--key", "exec:/bin/true"]),
+        ("no such credential", ["--key", "credential:tpm"]),
+        ("Bad file descriptor", ["--key", "fd:999"]),
+        ("hexadecimal", ["--key", "file:nonhex"]),
+        ("more than 4096", ["--key", "file:/dev/zero"]),
+        ("is empty", ["--passphrase", "file:/dev/null"]),
+    ],
+)
+def test_keys_that_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nonhex").write_text("x" * 64)
+    refuse(2, text, "--state", "state", "--create", "--ctrl", "unix:ctrl", *arguments)
+    assert contents(tmp_path) == ["nonhex"]
 
 
 def test_a_second_instance_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
