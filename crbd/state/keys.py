@@ -57,7 +57,7 @@ _COST = Struct("<BBB")
 class ScryptCost:
     """What trying a passphrase costs (RFC 7914). Raises ValueError beyond what a reader accepts.
 
-    The default takes 32 MiB and about 0.2 s.
+    The default takes 32 MiB and about a quarter of a second.
     """
 
     log2_n: int = 15

@@ -26,7 +26,7 @@ from crbd.state.header import MAGIC, MAX_DOCUMENT, Suite
 from crbd.state.kinds import StateKind
 from crbd.state.saved import SECTION_OF, EngineStamp, Identity, Session, TpmState, encode_session
 from crbd.state.sealing import Seal
-from crbd.state.sections import Section
+from crbd.state.sections import Section, encode_body
 
 from . import samples as s
 
@@ -152,6 +152,8 @@ def test_what_is_carried_on_gives_way_to_what_is_known() -> None:
         (lambda: TpmState(bytes(512 * 1024 + 1), EngineStamp(0, 9, 2)), "524289 bytes"),
         (lambda: Section("No", 1, b""), "section name"),
         (lambda: Section("a", 0, b""), "version"),
+        (lambda: encode_body((Section("a", 1, b""), Section("a", 1, b""))), "each name once"),
+        (lambda: encode_body(tuple(Section(f"a{n}", 1, b"") for n in range(65))), "65 sections"),
         (lambda: dataclasses.replace(s.sample(), writer_id=b""), "writer_id"),
         (lambda: dataclasses.replace(s.sample(), written=-1), "written"),
         (lambda: dataclasses.replace(s.sample(), unknown=(Section("a", 1, b""),)), "may-skip"),

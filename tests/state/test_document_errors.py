@@ -34,6 +34,7 @@ HEADER = verify(PLAIN)
 HEADER_SIZE = 69 + len(s.WRITER)
 IDENTITY = Section("identity", 1, encode_identity(s.sample().identity))
 NAME = "/where/it/lies"
+PAGE = crb.encode(crb.lower(s.registers(), 2))[1]
 
 
 def changed(data: bytes, offset: int, value: bytes) -> bytes:
@@ -118,6 +119,13 @@ DAMAGED = {
     "old registers": (
         s.plain(header(format_version=1, oldest_reader=1), (IDENTITY, Section("crb", 1, b"x"))),
         "section crb",
+    ),
+    "an old register that overflows": (
+        s.plain(
+            header(format_version=2, oldest_reader=2),
+            (IDENTITY, Section("crb", 2, PAGE[:0x0C] + b"\xff\xff\xff\xff" + PAGE[0x10:])),
+        ),
+        "section crb: the saved CRB registers cannot be restored: LOC_STS",
     ),
     "more unknown sections than can be carried": (
         holding(*(Section(f"x{number}", 1, b"", may_skip=True) for number in range(59))),

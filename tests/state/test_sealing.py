@@ -90,6 +90,14 @@ def test_parts_of_two_documents_of_one_instance_do_not_mix() -> None:
         decode(mixed, seal)
 
 
+def test_a_body_too_short_for_its_tag() -> None:
+    seal = Seal.create(s.UUID_A, [s.key()])
+    data = encode(DOCUMENT, seal)
+    head = data[:16] + (44 + 15).to_bytes(4, "little") + data[20:HEADER_SIZE]
+    with pytest.raises(StateDamagedError, match="not authentic"):
+        decode(s.with_digest(head + seal.encode_area() + bytes(44 + 15)), [s.key()])
+
+
 def test_a_slot_taken_out_is_noticed() -> None:
     seal = Seal.create(s.UUID_A, [s.key(), s.other_key()])
     data = encode(DOCUMENT, seal)
