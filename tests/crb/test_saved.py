@@ -196,6 +196,14 @@ def test_a_fatal_error_is_not_idleness() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
+def test_a_command_that_says_more_than_the_buffer_goes_through_older_versions(version: int) -> None:
+    device = CrbDevice(CrbConfig.qemu_7_2())
+    start(device, b"\x80\x01\x01\0\0\0")
+    state = saved_form.saved(device.freeze())
+    assert saved_form.lift(saved_form.lower(state, version)) == state
+
+
+@pytest.mark.parametrize("version", [1, 2])
 def test_the_whole_buffer_goes_through_older_versions(version: int) -> None:
     device = CrbDevice(CrbConfig.qemu_7_2())
     run(device, answer=response(0xF80))

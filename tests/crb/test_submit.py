@@ -113,6 +113,13 @@ def test_busy_while_executing() -> None:
     assert qemu.submit(0, command()) == Busy(executing=True)
 
 
+def test_busy_with_a_command_of_no_bytes() -> None:
+    """QEMU 7.2 sends what the head says, be it nothing."""
+    device = CrbDevice(CrbConfig.qemu_7_2())
+    assert start(device, bytes(10)) == (Execute(b"", 0),)
+    assert device.submit(0, command()) == Busy(executing=True)
+
+
 def test_busy_where_another_waits() -> None:
     device = CrbDevice(CrbConfig())
     put(device, Offset.LOC_CTRL, REQUEST_ACCESS, 1)
@@ -196,8 +203,11 @@ def test_cancel_reaches_a_submitted_command() -> None:
     [b"", command(10)[:9], command() + b"\0", command()[:-1], command(4097), b"\x80\x01\0\0\0\x06"],
     ids=["nothing", "cut", "trailing", "cut-parameters", "too-long", "lies-short"],
 )
-def test_what_is_no_command(body: bytes) -> None:
+@pytest.mark.parametrize("granted", [False, True])
+def test_what_is_no_command(body: bytes, granted: bool) -> None:
     device = CrbDevice(CrbConfig())
+    if granted:
+        ready(device)
     before = device.freeze()
     with pytest.raises(ValueError, match="not one TPM command of at most 4096"):
         device.submit(0, body)
