@@ -198,7 +198,8 @@ class Fault:
 class RecordingFile:
     """A `BlockFile` on a `Disk`; `history` is everything that happened.
 
-    With `whole_sectors` a write that fails has written whole sectors, without it any part.
+    With `whole_sectors` a write that fails has written whole sectors, and a sync that fails has brought whole sectors;
+    without it any part.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class RecordingFile:
     def settle(self) -> None:
         """Sync, and read again what a failed sync may have dropped: whatever the disk then says, it will say again."""
         self.fdatasync()
-        image = self.disk.crash(self.chance)
+        image = (self.disk.crash_whole if self.whole_sectors else self.disk.crash)(self.chance)
         begun, acknowledged = self.disk.begun, self.disk.acknowledged
         self.disk = Disk.of(image)
         self.disk.begun, self.disk.acknowledged = begun, acknowledged

@@ -28,7 +28,8 @@ START_SECONDS = 0.300
 """The longest time before a kill that is to hit the start."""
 
 STORES: dict[str, Callable[[Path], list[str]]] = {
-    "directory": lambda place: ["--state", str(place / "state")],
+    "crbd": lambda place: ["--state", str(place / "state")],
+    "swtpm": lambda place: ["--state", str(place / "state"), "--layout", "swtpm"],
 }
 
 KILLS = -(-200 // len(STORES))

@@ -19,7 +19,9 @@ from crbd.errors import (
     StoreError,
 )
 from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
 from crbd.store.directory import DirectoryStore, open_directory
+from crbd.store.layout import open_state
 from crbd.store.linear import open_linear
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
@@ -28,14 +30,16 @@ PERMANENT, VOLATILE = StateKind.PERMANENT, StateKind.VOLATILE
 AS_ROOT = os.geteuid() == 0
 
 
-@pytest.fixture(params=["memory", "directory", "linear"])
+@pytest.fixture(params=["memory", "directory", "linear", "document"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     make: dict[str, Callable[[], Store]] = {
         "memory": MemoryStore,
         "directory": lambda: open_directory(tmp_path / "state", create=True),
         "linear": lambda: open_linear(tmp_path / "state", create=True),
+        "document": lambda: open_state(tmp_path / "state", create=True),
     }
     store = make[request.param]()
+    store.use_engine(EngineStamp(0, 9, 2))
     yield store
     store.close()
 
