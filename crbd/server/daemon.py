@@ -2,8 +2,8 @@
 
 Order at the start: state is locked and looked at, sockets are opened, the TPM is powered on if the options say so,
 then clients are served. What fails on the way takes back what came before it: a start that fails leaves no socket and
-no lock behind. At the end: the pump is told to finish (its command is cancelled), the TPM is shut down, the sockets
-are removed, the lock is released.
+no lock behind. At the end: the pump is told to finish (its command is cancelled), the sockets are removed, the TPM is
+shut down, the lock is released, the pid file is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crbd.errors import EngineError, EngineFailedError, StoreError
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, opened
-from crbd.server.pidfile import pid_file
+from crbd.server.pidfile import PidFile
 from crbd.service.control import ControlService
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
@@ -54,31 +54,46 @@ async def serve(
 
     Raises OperatorError when the start fails.
     """
-    with ExitStack() as cleanup:
-        cleanup.callback(store.close)
-        instance = Instance(make_engine, store, options.instance)
-        instance.check()
-        ctrl = cleanup.enter_context(opened(options.ctrl, "--ctrl")) if options.ctrl else None
-        data = cleanup.enter_context(opened(options.data, "--data")) if options.data else None
-        cleanup.callback(instance.close)
-        try:
-            instance.begin()
-        except (EngineError, StoreError) as error:
-            raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
-        if options.pid_file is not None:
-            cleanup.enter_context(pid_file(options.pid_file))
-        with trio.open_signal_receiver(*END_SIGNALS) as signals:
-            async with trio.open_nursery() as watching:
-                watching.start_soon(_end_at_signal, signals, watching.cancel_scope)
+    # Signals count from the first moment: one that comes during the start ends the daemon when that is done.
+    with trio.open_signal_receiver(*END_SIGNALS) as signals, ExitStack() as cleanup:
+        instance, ctrl, data = _start(options, store, make_engine, cleanup)
+        async with trio.open_nursery() as watching:
+            ended = trio.CancelScope()
+            watching.start_soon(_end_at_signal, signals, ended)
+            with ended:
                 # Ends by itself only where every client was handed over connected and the last one is gone.
                 async with trio.open_nursery() as serving:
                     _start_serving(serving, instance, ctrl, data)
-                    log.info(
-                        "serving the TPM in %s%s", store.name, "".join(f" at {e.endpoint}" for e in (ctrl, data) if e)
-                    )
+                    where = "".join(f" at {opened.endpoint}" for opened in (ctrl, data) if opened)
+                    log.info("serving the TPM in %s%s", store.name, where)
                     task_status.started()
-                watching.cancel_scope.cancel()
+            # A second signal is no reason to leave the TPM without its shutdown.
+            cleanup.close()
+            watching.cancel_scope.cancel()
     log.info("ended")
+
+
+def _start(
+    options: DaemonOptions, store: Store, make_engine: Callable[[StatePort], Engine], cleanup: ExitStack
+) -> tuple[Instance, OpenEndpoint | None, OpenEndpoint | None]:
+    """Everything up to the moment that clients are served. `cleanup` takes it back, in the opposite order.
+
+    The pid file is written last and removed last: when it is gone another daemon may take over. Raises OperatorError.
+    """
+    pid_file = cleanup.enter_context(PidFile(options.pid_file)) if options.pid_file is not None else None
+    cleanup.callback(store.close)
+    instance = Instance(make_engine, store, options.instance)
+    cleanup.callback(instance.close)
+    instance.check()
+    ctrl = cleanup.enter_context(opened(options.ctrl, "--ctrl")) if options.ctrl else None
+    data = cleanup.enter_context(opened(options.data, "--data")) if options.data else None
+    try:
+        instance.begin()
+    except (EngineError, StoreError) as error:
+        raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
+    if pid_file is not None:
+        pid_file.write()
+    return instance, ctrl, data
 
 
 def _start_serving(

@@ -15,7 +15,7 @@ from crbd.errors import StateAbsentError, StateAccessError, StateDamagedError, S
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
-from crbd.store.files import make_directory
+from crbd.store.files import make_directory, sync_directory, write_durably
 from crbd.store.lockfile import LockFile
 
 
@@ -71,13 +71,13 @@ class DirectoryStore:
         try:
             for kind in sorted(changes):
                 data = changes[kind]
-                if data is None:
-                    self._remove(self._file(kind))
-                else:
-                    self._replace(self._file(kind), encode_file(data))
-                # Each by itself: without it volatile state could outlive a power cut that the permanent state before
+                # Each is durable by itself: volatile state must not outlive a power cut that the permanent state before
                 # it does not.
-                os.fsync(self._directory)
+                if data is None:
+                    self._file(kind).unlink(missing_ok=True)
+                    sync_directory(self._path)
+                else:
+                    write_durably(self._file(kind), encode_file(data))
         except OSError as error:
             raise StoreError(f"TPM state in {self._path} could not be written: {error.strerror}") from error
 
@@ -111,22 +111,6 @@ class DirectoryStore:
         """Up to one byte more than the largest blob, so that the decoder sees an oversized file and memory does not."""
         with path.open("rb") as file:
             return file.read(MAX_BLOB + 1)
-
-    def _replace(self, path: Path, blob: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            written = 0
-            while written < len(blob):
-                written += os.write(descriptor, blob[written:])
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        path.unlink(missing_ok=True)
 
 
 def open_directory(path: Path, *, create: bool) -> DirectoryStore:
