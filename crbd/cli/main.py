@@ -17,6 +17,8 @@ from crbd.errors import OperatorError, UsageError
 COMMANDS = {
     "serve": "serve one TPM",
     "registers": "show the CRB registers of a running TPM",
+    "state": "look at, copy, convert and repair the state of a TPM that does not run",
+    "check": "see whether serve would find a TPM that it can run",
 }
 """Each is a module of this room with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`."""
 

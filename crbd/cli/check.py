@@ -1,0 +1,44 @@
+"""`crbd check`: would `crbd serve` find a TPM that it can run?"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from crbd.cli.state_options import add_keys, add_library, engine_maker, keys_of
+from crbd.service.judgement import judge
+from crbd.state.kinds import StateKind
+from crbd.store.document import DocumentStore, NewTpm
+from crbd.store.layout import open_state
+
+DESCRIPTION = """See whether `crbd serve --state DIR` would find a TPM that it can run: lock, layout, every byte of the
+state, key, and what libtpms says of it. Nothing is started and nothing changed. One line and status 0 if all is well;
+else one line that names what is wrong, and its status (docs/exit-codes.md)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `crbd check`."""
+    parser.add_argument("directory", metavar="DIR", type=Path, help="directory that holds the TPM's state")
+    add_keys(parser)
+    add_library(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, print one line, return 0. Raises OperatorError."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="crbd: %(levelname)s: %(message)s")
+    directory: Path = arguments.directory
+    with keys_of(arguments) as keys:
+        store = open_state(directory, create=False, new=NewTpm("", keys))
+        try:
+            loaded = {kind: store.load(kind) for kind in StateKind}
+            document = store.document if isinstance(store, DocumentStore) else None
+        finally:
+            store.close()
+    stamped = {} if document is None else {kind: document.state(kind) for kind in StateKind}
+    states = {kind: stamped.get(kind) or data for kind, data in loaded.items() if data is not None}
+    engine = judge(states, engine_maker(arguments), str(directory))
+    which = "in swtpm's layout" if document is None else f"generation {document.identity.generation}"
+    print(f"{directory}: a TPM, {which}; libtpms {engine.version} accepts it")
+    return 0
