@@ -91,6 +91,7 @@ class CrbDevice(CommandInterface):
     @property
     def buffer(self) -> memoryview:
         """The data buffer of the locality that the control area belongs to; writable, good until the next access."""
+        self._unseen = self._filled = self._config.buffer_size
         return self._pages.buffer
 
     def page(self, locality: int) -> memoryview:
@@ -127,6 +128,7 @@ class CrbDevice(CommandInterface):
         if locality == self._pages.owner and self._pages.separate is None:
             end = min(end, BUFFER_OFFSET + self._config.buffer_size)
             if at < end:
+                self._filled = max(self._filled, end - BUFFER_OFFSET)
                 self._pages.buffer[at - BUFFER_OFFSET : end - BUFFER_OFFSET] = data[at - offset : end - offset]
         return effects
 
@@ -280,8 +282,11 @@ class CrbDevice(CommandInterface):
             buffer[:] = response[:size]
         else:
             buffer[:size] = response
-            if not self._keeps_tail:
-                buffer[size:] = self._zeros[size:]
+            filled = self._filled
+            if size < filled and not self._keeps_tail:
+                buffer[size:filled] = self._zeros[size:filled]
+        if not self._keeps_tail:
+            self._filled = size if size > self._unseen else self._unseen
         if self._config.chunking:
             self._response = response[: self._config.max_command]
             self._offset = size
@@ -296,6 +301,7 @@ class CrbDevice(CommandInterface):
         if self._executor != self._pages.owner:
             state = State.IDLE
         elif self._keeps_tail:
+            self._filled = self._config.buffer_size
             self._pages.buffer[: len(_QEMU_7_2_FAILURE)] = _QEMU_7_2_FAILURE
         else:
             self._pages.buffer[:] = self._zeros
@@ -361,9 +367,11 @@ class CrbDevice(CommandInterface):
             return self._submit_slowly(locality, command)
         buffer[:size] = command
         control = pages.control
-        if state is State.COMPLETION:
-            buffer[size:] = self._zeros[size:]
-        elif state is State.IDLE:
+        if state is State.COMPLETION and size < self._filled:
+            buffer[size : self._filled] = self._zeros[size : self._filled]
+        elif size > self._filled:
+            self._filled = size
+        if state is State.IDLE:
             memory[control + CTRL_STS] &= ~IDLE
         memory[control + CTRL_START] = START
         self._command = command
@@ -388,7 +396,7 @@ class CrbDevice(CommandInterface):
                 self._pending = 0
                 self._relinquish(active)
             self._take_over(locality)
-        room = self._config.buffer_size
+        room = self._filled = self._config.buffer_size
         if self._command or (len(command) > room and self._offset < len(self._response)):
             self._cancel(CANCEL)
             self._cancel(0)
@@ -440,6 +448,7 @@ class CrbDevice(CommandInterface):
                 raise damaged("CMD_LADDR", f"is no place for a buffer: {error}") from error
         check(snapshot, config)
         device = cls(config, buffer)
+        device._filled = config.buffer_size
         device._pages.load(snapshot.words, snapshot.statuses, snapshot.buffer)
         device._pending = snapshot.pending
         device._executor = snapshot.executor

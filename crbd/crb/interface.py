@@ -39,6 +39,7 @@ class CommandInterface:
         "_command",
         "_config",
         "_executor",
+        "_filled",
         "_keeps_tail",
         "_memory",
         "_offset",
@@ -49,6 +50,7 @@ class CommandInterface:
         "_state",
         "_table",
         "_takes_at_once",
+        "_unseen",
         "_zeros",
     )
 
@@ -70,6 +72,10 @@ class CommandInterface:
         self._response = b""
         self._offset = 0
         self._state = State.IDLE
+        # The buffer is zero from `_filled` on: so much need not be cleared. `_unseen` is the least that `_filled` may
+        # say: the whole buffer from the moment that somebody may write to it past this object.
+        self._unseen = config.buffer_size if config.separate_buffer else 0
+        self._filled = self._unseen
 
     def _ask(self, value: int) -> None:
         """CTRL_REQ."""
@@ -143,6 +149,7 @@ class CommandInterface:
 
     def _show_piece(self) -> None:
         """Put the next piece of the response into the buffer, zeros behind it."""
+        self._filled = self._config.buffer_size
         piece = self._response[self._offset : self._offset + self._config.buffer_size]
         self._pages.buffer[: len(piece)] = piece
         self._pages.buffer[len(piece) :] = self._zeros[len(piece) :]

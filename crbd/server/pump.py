@@ -29,7 +29,8 @@ from crbd.tpm.framing import DataConnection, Malformed, is_one_command
 
 log = logging.getLogger(__name__)
 
-READ_SIZE = 64 * 1024
+READ_SIZE = 8 * 1024
+"""Bytes; the largest command fits, and a small buffer stays in the cache."""
 STALL_TIMEOUT = 2.0
 """Seconds that a command may take from its first to its last byte."""
 LINGER_TIMEOUT = 0.5

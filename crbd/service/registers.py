@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 
-from crbd.crb.config import PAGE_SIZE, CrbConfig
+from crbd.crb.config import BUFFER_OFFSET, PAGE_SIZE, CrbConfig
 from crbd.crb.device import CrbDevice
 from crbd.crb.effects import Cancel, Effect
 from crbd.crb.spec import Offset
@@ -96,8 +96,7 @@ class Registers:
         for at in range(0, len(data), room):
             piece = data[at : at + room]
             with self.lock:
-                if self.device.active_locality == HASH_LOCALITY:
-                    self.device.buffer[: _HASH_COUNT_SIZE + len(piece)] = len(piece).to_bytes(2, "little") + piece
+                self.device.write(HASH_LOCALITY, BUFFER_OFFSET, len(piece).to_bytes(2, "little") + piece)
                 effects = self.device.write(HASH_LOCALITY, Offset.LOC_CTRL, _HASH_DATA)
             yield from effects
 

@@ -60,7 +60,17 @@ def test_every_field_of_the_device_is_saved_or_derived() -> None:
         "_state": {"completed"},
         "_pages": {"words", "statuses", "buffer"},
     }
-    derived_from_config = {"_config", "_at_once", "_table", "_takes_at_once", "_ptp", "_keeps_tail", "_zeros"}
+    derived_from_config = {
+        "_config",
+        "_at_once",
+        "_table",
+        "_takes_at_once",
+        "_unseen",
+        "_filled",
+        "_ptp",
+        "_keeps_tail",
+        "_zeros",
+    }
     derived_from_pages = {"_memory"}
     assert set(CommandInterface.__slots__) | set(CrbDevice.__slots__) == (
         saved.keys() | derived_from_config | derived_from_pages
