@@ -47,6 +47,7 @@ class CommandInterface:
         "_pending",
         "_ptp",
         "_response",
+        "_shows_all",
         "_state",
         "_table",
         "_takes_at_once",
@@ -62,6 +63,8 @@ class CommandInterface:
         # Bytes of the longest command that needs no pieces.
         self._at_once = min(config.buffer_size, config.max_command)
         self._ptp = config.dialect is Dialect.PTP
+        # Whether a response goes into a cleared buffer, and more than the buffer can be asked for in pieces.
+        self._shows_all = self._ptp and config.chunking
         self._keeps_tail = config.dialect is Dialect.QEMU_7_2
         self._zeros = memoryview(bytes(config.buffer_size))
         self._pages = Pages(config, buffer)

@@ -66,6 +66,7 @@ def test_every_field_of_the_device_is_saved_or_derived() -> None:
         "_table",
         "_takes_at_once",
         "_unseen",
+        "_shows_all",
         "_filled",
         "_ptp",
         "_keeps_tail",
