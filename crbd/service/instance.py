@@ -73,6 +73,7 @@ class Instance:
         self._device, self._device_lock = self._registers.device, self._registers.lock
         self._run = self._engine.execute
         self._uncommitted = self._state.pending
+        self._hears_vendor_command = options.allow_set_locality
         self._locality = 0
         self._powered = False
         self._lock = EngineLock()
@@ -147,15 +148,21 @@ class Instance:
         response codes.
         """
         with self._lock.for_command():
-            if locality is not None:
-                if not self._locality_is_allowed(locality):
-                    return _BAD_LOCALITY
-                self._move_to(locality)
-            if not self._powered:
-                return _FAILURE
-            if self._options.allow_set_locality and body[6:10] == _VENDOR_SET_LOCALITY:
-                return self._vendor_set_locality(body)
-            return self._submit(body)
+            if self._powered and locality is None and not self._hears_vendor_command:
+                return self._submit(body)
+            return self._execute_with_care(body, locality)
+
+    def _execute_with_care(self, body: bytes, locality: int | None) -> bytes:
+        """`execute` where there is more to look at than that the TPM is on."""
+        if locality is not None:
+            if not self._locality_is_allowed(locality):
+                return _BAD_LOCALITY
+            self._move_to(locality)
+        if not self._powered:
+            return _FAILURE
+        if self._hears_vendor_command and body[6:10] == _VENDOR_SET_LOCALITY:
+            return self._vendor_set_locality(body)
+        return self._submit(body)
 
     def cancel(self) -> None:
         """Ask the command that executes now to give up. Any thread; does not wait."""

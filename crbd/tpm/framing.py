@@ -58,12 +58,6 @@ class Malformed(NamedTuple):
     close: bool
 
 
-def is_one_command(data: bytes, limit: int) -> bool:
-    """Whether a read that begins between two commands is exactly one plain command: what every real client sends."""
-    size = len(data)
-    return HEAD_SIZE <= size <= limit and data[2:6] == size.to_bytes(4, "big") and not data.startswith(SEND_COMMAND)
-
-
 class DataConnection:
     """The receiving half of one data connection.
 
