@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crbd.cli import state_inspect
+from crbd.cli import state_changes, state_convert, state_copies, state_fleet, state_inspect
 
 DESCRIPTION = """Work on the state of a TPM that does not run: the directory is locked meanwhile, and where a daemon has
 it the command is refused. There is no way yet to ask a running daemon for a snapshot."""
@@ -33,6 +33,51 @@ OPERATIONS = {
         "see that a state directory or an exported document is whole",
         state_inspect.add_verify_arguments,
         state_inspect.verify,
+    ),
+    "export": Operation(
+        "write the document alone to a file",
+        state_copies.add_export_arguments,
+        state_copies.export,
+    ),
+    "import": Operation(
+        "make a new state directory of an exported document",
+        state_copies.add_import_arguments,
+        state_copies.import_,
+    ),
+    "convert": Operation(
+        "write the TPM in another layout, or seal or unseal it",
+        state_convert.add_arguments,
+        state_convert.run,
+    ),
+    "clone": Operation(
+        "make a second state directory of the first",
+        state_copies.add_clone_arguments,
+        state_copies.clone,
+    ),
+    "rekey": Operation(
+        "exchange the keys that open the state, without writing the TPM anew",
+        state_changes.add_rekey_arguments,
+        state_changes.run_rekey,
+    ),
+    "rollback": Operation(
+        "go back to the generation before the newest",
+        state_changes.add_rollback_arguments,
+        state_changes.run_rollback,
+    ),
+    "restore": Operation(
+        "go back to an exported document of the same instance",
+        state_changes.add_restore_arguments,
+        state_changes.run_restore,
+    ),
+    "upgrade": Operation(
+        "rewrite state of older formats in the newest one",
+        state_fleet.add_upgrade_arguments,
+        state_fleet.run_upgrade,
+    ),
+    "prune": Operation(
+        "remove what upgrades and conversions kept",
+        state_fleet.add_prune_arguments,
+        state_fleet.run_prune,
     ),
 }
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 
-from crbd.errors import StateAccessError
 from crbd.state.document import Document, check_complete, key_slots, verify
 from crbd.state.header import DIGEST_SIZE, Header, parse_header
 from crbd.state.keys import KeySlot, UserKey
@@ -15,7 +14,7 @@ from crbd.state.sealing import Seal, area_length
 from crbd.state.sections import Sections, decode_body
 from crbd.state.swtpm import BlobFlag
 from crbd.store.directory import open_directory
-from crbd.store.offline import OfflineState, kept_files
+from crbd.store.offline import OfflineState, kept_files, read_file
 from crbd.store.transfer import opened
 
 _SWTPM_HEAD = Struct(">BBHHI")
@@ -104,7 +103,7 @@ def verify_state(state: OfflineState, keys: tuple[UserKey, ...]) -> StateReport:
             check_complete(slot.document.document, state.name)
     for path in found.kept:
         if ".format-" in path.name:
-            verify(_read(path), str(path))
+            verify(read_file(path), str(path))
     return found
 
 
@@ -119,7 +118,7 @@ def report_swtpm(directory: Path) -> list[SwtpmFile]:
         for kind in StateKind:
             path = directory / f"tpm2-00.{kind.nvram_name}"
             if path.exists():
-                data = _read(path)
+                data = read_file(path)
                 version, _, _, flags, _ = _SWTPM_HEAD.unpack(data[: _SWTPM_HEAD.size].ljust(_SWTPM_HEAD.size, b"\0"))
                 found.append(SwtpmFile(path, len(data), version, bool(flags & BlobFlag.ENCRYPTED)))
                 if not found[-1].encrypted:
@@ -136,11 +135,3 @@ def _sections(data: bytes, seal: Seal | None, name: str) -> Sections:
     at = header_length + (area_length(whole[header_length:], name) if header.sealed else 0)
     body = data[at : at + body_length]
     return decode_body(body if seal is None else seal.decrypt(data[:header_length], body, name), name)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(5 * 1024 * 1024)
-    except OSError as error:
-        raise StateAccessError(f"{path} cannot be read: {error.strerror}", "let this user read it") from error

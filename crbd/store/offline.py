@@ -161,6 +161,15 @@ def read_document(path: Path) -> bytes:
     return data
 
 
+def read_file(path: Path) -> bytes:
+    """A file of state; of one that is too long, only so much that the decoder sees it. Raises StateAccessError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_DOCUMENT + 1)
+    except OSError as error:
+        raise StateAccessError(f"{path} cannot be read: {error.strerror}", "let this user read it") from error
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Put a file (0600) at `path`, durably, whatever is there. Raises StateAccessError."""
     try:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from crbd.errors import StateAbsentError, StateError, UsageError
+from crbd.state.ciphers import wipe
 from crbd.state.document import (
     Document,
     check_complete,
@@ -123,7 +124,7 @@ def roll_back(state: OfflineState, data: bytes, keys: tuple[UserKey, ...], name:
     document; else a StateError. Nothing was changed then.
     """
     with opened(state.current().payload, keys, state.name) as (current, seal):
-        check_identity(verify(data, name), current.identity.uuid, state.name)
+        check_identity(verify(data, name), current.identity.uuid, name)
         taken = _taken(data, keys, seal, name)
         lost, back = current.identity.generation, taken.identity.generation
         if not allowed:
@@ -217,7 +218,7 @@ def _opened_by(seal: Seal, keys: tuple[UserKey, ...], name: str) -> tuple[KeySlo
     for slot in seal.slots:
         found = [data_key for key in keys if (data_key := unwrap(slot, key, seal.uuid, name)) is not None]
         for data_key in found:
-            data_key[:] = bytes(len(data_key))
+            wipe(data_key)
         if found:
             opens.append(slot)
     return tuple(opens)

@@ -1,0 +1,230 @@
+"""One TPM from layout to layout, or from plain to sealed and back: into a new directory, or in place.
+
+Theory. The source is locked and read whole before anything is written, what was written is read back and compared,
+and only then is it the state. In place, the files as they were stay under other names, hard links made before
+anything else. While one layout takes the other's place there is a moment in which both are there: a power cut then
+leaves a directory that is refused by everybody (`found_in`), and whoever removes the new files has the old state.
+
+    tpm.crbd                  tpm.crbd.before-convert
+    tpm2-00.permall           swtpm.permall.before-convert (under its old first name it would count as state)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from crbd.errors import StateDamagedError, StateDowngradeError, StateError
+from crbd.state.document import Document, check_complete
+from crbd.state.header import WRITER_ID_SIZE
+from crbd.state.keys import UserKey
+from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp, Identity, TpmState
+from crbd.state.sealing import Seal
+from crbd.state.swtpm import decode_file, encode_file
+from crbd.state.swtpm_sealing import SwtpmKey
+from crbd.store.directory import open_directory
+from crbd.store.document import FILE_NAME, WRITER
+from crbd.store.files import sync_directory
+from crbd.store.layout import Layout
+from crbd.store.offline import (
+    BEFORE_CONVERT,
+    OfflineState,
+    create_slots,
+    create_state,
+    layout_of,
+    read_file,
+    unwritable,
+    vacant,
+    write_file,
+)
+from crbd.store.transfer import encoded, opened, rewritten
+
+States = Mapping[StateKind, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is to be converted; its directory is locked for as long as this is in use."""
+
+    directory: Path
+    states: States
+    files: tuple[Path, ...]
+    """Of its layout."""
+    document: Document | None
+    """None in swtpm's layout."""
+    seal: Seal | None
+
+    @property
+    def layout(self) -> Layout:
+        """Of the directory."""
+        return Layout.SWTPM if self.document is None else Layout.CRBD
+
+
+@contextmanager
+def source_of(directory: Path, keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None) -> Iterator[Source]:
+    """Lock and read a state directory. Each layout has its own kind of key. Raises a StateError."""
+    if layout_of(directory) is Layout.SWTPM:
+        store = open_directory(directory, create=False)
+        try:
+            files = tuple(path for kind in StateKind if (path := swtpm_file(directory, kind)).exists())
+            yield Source(directory, read_swtpm(directory, swtpm_key), files, None, None)
+        finally:
+            store.close()
+        return
+    with OfflineState(directory) as state, opened(state.current().payload, keys, state.name) as (document, seal):
+        check_complete(document, state.name)
+        states = {kind: found.data for kind in StateKind if (found := document.state(kind)) is not None}
+        yield Source(directory, states, (directory / FILE_NAME,), document, seal)
+
+
+def swtpm_file(directory: Path, kind: StateKind) -> Path:
+    """Where swtpm keeps a kind of state."""
+    return directory / f"tpm2-00.{kind.nvram_name}"
+
+
+def read_swtpm(directory: Path, key: SwtpmKey | None) -> dict[StateKind, bytes]:
+    """The engine's states in swtpm's files. Raises a StateError."""
+    found = {kind: swtpm_file(directory, kind) for kind in StateKind}
+    return {kind: decode_file(read_file(path), str(path), key) for kind, path in found.items() if path.exists()}
+
+
+# -- the forms
+
+
+def document_of(states: States, engine: EngineStamp, name: str) -> Document:
+    """The first document of a TPM that came from swtpm, with a UUID of its own.
+
+    swtpm's files do not say which engine wrote them: `engine` is one that has accepted them.
+    """
+    now = int(time.time())
+    stamped = {kind: TpmState(data, engine) for kind, data in states.items()}
+    return Document(
+        identity=Identity(uuid.uuid4(), name, 1, WRITER, now),
+        writer_id=os.urandom(WRITER_ID_SIZE),
+        written=now,
+        permanent=stamped[StateKind.PERMANENT],
+        volatile=stamped.get(StateKind.VOLATILE),
+        savestate=stamped.get(StateKind.SAVESTATE),
+    )
+
+
+def resealed(document: Document, new_keys: tuple[UserKey, ...]) -> bytes:
+    """The next generation of `document`: with `new_keys` sealed under a new data key, else plain."""
+    return encoded(rewritten(document, document.identity.generation + 1, os.urandom(WRITER_ID_SIZE)), new_keys)
+
+
+def left_behind(document: Document) -> list[str]:
+    """What of a document has no place in swtpm's layout. Raises StateDowngradeError for a command under way."""
+    if document.crb is not None and document.crb.transfer is not None:
+        raise StateDowngradeError(
+            "a command or a response is under way in the registers, and swtpm's layout has no room for it",
+            "let the guest finish it and go idle",
+        )
+    parts = {
+        "registers": document.crb is not None,
+        "session": document.session is not None,
+        "fingerprint of the endorsement key": bool(document.identity.ek_fingerprint),
+    }
+    parts |= {f"section {section.name}": True for section in document.unknown}
+    return [f"UUID {document.identity.uuid}", *(part for part, there in parts.items() if there)]
+
+
+# -- writing
+
+
+def write_crbd(source: Source, target: Path | None, payload: bytes) -> None:
+    """Put a document with the source's states into the directory `target`, or in place. Raises a StateError."""
+    if target is not None:
+        create_state(target, payload)
+    elif source.layout is Layout.SWTPM:
+        file = source.directory / FILE_NAME
+        _take_the_place(source, [file], lambda: create_slots(file, payload))
+    else:
+        _replace_document(source, payload)
+
+
+def write_swtpm(source: Source, target: Path | None, key: SwtpmKey | None) -> None:
+    """Put the source's states into swtpm's files in the directory `target`, or in place. Raises a StateError."""
+    if target is not None:
+        with vacant(target):
+            _write_files(target, source.states, key)
+        return
+    files = [swtpm_file(source.directory, kind) for kind in source.states]
+    _take_the_place(source, files, lambda: _write_files(source.directory, source.states, key))
+
+
+def _write_files(directory: Path, states: States, key: SwtpmKey | None) -> None:
+    for kind, data in states.items():
+        write_file(swtpm_file(directory, kind), encode_file(data, key))
+    if read_swtpm(directory, key) != states:
+        raise StateDamagedError(f"{directory} does not read back as it was written", "see to the disk it is on")
+
+
+def _take_the_place(source: Source, new: Iterable[Path], write: Callable[[], None]) -> None:
+    """Write the files `new` and remove those of the source, which are kept under other names.
+
+    Raises a StateError; everything is as it was then.
+    """
+    kept = _kept_names(source)
+    with _all_or_nothing(source.directory, kept, new):
+        write()
+        for path in kept:
+            path.unlink()
+
+
+def _replace_document(source: Source, payload: bytes) -> None:
+    """A new two-slot file in the place of the old one, which is kept: nothing of it is in the new one's undo.
+
+    Raises as `_take_the_place`.
+    """
+    file = source.directory / FILE_NAME
+    making = file.with_name(f"{FILE_NAME}.converting")
+    _remove([making])
+    with _all_or_nothing(source.directory, _kept_names(source), [making]):
+        create_slots(making, payload)
+        making.replace(file)
+
+
+@contextmanager
+def _all_or_nothing(directory: Path, kept: Mapping[Path, Path], new: Iterable[Path]) -> Iterator[None]:
+    """Link what is to be `kept` before the body and sync after it. Where that fails, take everything back."""
+    try:
+        for path, link in kept.items():
+            os.link(path, link)
+        sync_directory(directory)
+        yield
+        sync_directory(directory)
+    except BaseException as error:
+        _remove(new)
+        for path, link in kept.items():
+            # Where both are the same file still, a rename leaves both.
+            with contextlib.suppress(OSError):
+                link.replace(path)
+        _remove(kept.values())
+        with contextlib.suppress(OSError):
+            sync_directory(directory)
+        if isinstance(error, OSError):
+            raise unwritable(directory, error) from error
+        raise
+
+
+def _kept_names(source: Source) -> dict[Path, Path]:
+    """Under which name each file of the source is kept. Raises StateError where one is taken."""
+    names = {path: path.with_name(path.name.replace("tpm2-00.", "swtpm.", 1) + BEFORE_CONVERT) for path in source.files}
+    for kept in names.values():
+        if os.path.lexists(kept):
+            raise StateError(f"{kept} is there from an earlier conversion", "remove it: crbd state prune")
+    return names
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
