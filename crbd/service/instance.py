@@ -77,6 +77,7 @@ class Instance:
         self._locality = 0
         self._powered = False
         self._lock = EngineLock()
+        self._engine_lock, self._contested = self._lock.engine, self._lock.contested
         self._last_command = b""
         self._handed_in: set[StateKind] = set()
 
@@ -147,7 +148,9 @@ class Instance:
         A TPM that is off, a locality that does not exist and a state that cannot be written are answered with TPM
         response codes.
         """
-        with self._lock.for_command():
+        if self._contested():
+            self._lock.let_others_go_first()
+        with self._engine_lock:
             if self._powered and locality is None and not self._hears_vendor_command:
                 return self._submit(body)
             return self._execute_with_care(body, locality)

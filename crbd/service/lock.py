@@ -12,28 +12,31 @@ from types import TracebackType
 
 
 class EngineLock:
-    """As a context: for anything but a command from the data channel. Not reentrant."""
+    """As a context: for anything but a command from the data channel. Not reentrant.
 
-    __slots__ = ("_contested", "_engine", "_turnstile")
+    For a command: `if contested(): let_others_go_first()`, then hold `engine`. Three steps, because the way of a command
+    has no time for a method around them.
+    """
+
+    __slots__ = ("_turnstile", "contested", "engine")
 
     def __init__(self) -> None:
-        self._engine = threading.Lock()
+        self.engine = threading.Lock()
         self._turnstile = threading.Lock()
-        self._contested = self._turnstile.locked
+        self.contested = self._turnstile.locked
+        """Whether somebody else has or wants the engine."""
 
-    def for_command(self) -> threading.Lock:
-        """The lock to hold for one command from the data channel; lets everybody else go first."""
-        if self._contested():
-            with self._turnstile:
-                pass
-        return self._engine
+    def let_others_go_first(self) -> None:
+        """Return when nobody else has or wants the engine any more."""
+        with self._turnstile:
+            pass
 
     def __enter__(self) -> None:
         self._turnstile.acquire()
-        self._engine.acquire()
+        self.engine.acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._engine.release()
+        self.engine.release()
         self._turnstile.release()

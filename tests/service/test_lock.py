@@ -14,7 +14,9 @@ def test_a_command_waits_while_somebody_else_has_or_wants_the_engine() -> None:
     passed = threading.Event()
 
     def command() -> None:
-        with lock.for_command():
+        if lock.contested():
+            lock.let_others_go_first()
+        with lock.engine:
             passed.set()
 
     with lock:
@@ -33,7 +35,9 @@ def test_commands_without_a_pause_do_not_starve_a_control_command() -> None:
     def flood() -> None:
         nonlocal executed
         while not ended.is_set():
-            with lock.for_command():
+            if lock.contested():
+                lock.let_others_go_first()
+            with lock.engine:
                 executed += 1
 
     thread = threading.Thread(target=flood)
