@@ -14,8 +14,8 @@ from types import TracebackType
 class EngineLock:
     """As a context: for anything but a command from the data channel. Not reentrant.
 
-    For a command: `if contested(): let_others_go_first()`, then hold `engine`. In steps, because the way of a command has
-    no time for a method around them.
+    For a command: `if contested(): let_others_go_first()`, then hold `engine`. In steps, because the way of a command
+    has no time for a method around them.
     """
 
     __slots__ = ("_turnstile", "contested", "engine")
