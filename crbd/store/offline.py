@@ -171,10 +171,15 @@ def read_file(path: Path) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put a file (0600) at `path`, durably, whatever is there. Raises StateAccessError."""
+    """Put a file (0600) at `path`, durably, whatever is there.
+
+    Raises StateAccessError; nothing of `data` stays behind then.
+    """
     try:
         write_durably(path, data)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            path.with_name(f".{path.name}.new").unlink()
         raise unwritable(path, error) from error
 
 
@@ -188,11 +193,11 @@ def write_new_file(path: Path, data: bytes) -> None:
     except OSError as error:
         raise unwritable(path, error) from error
     try:
-        write_durably(path, data)
-    except OSError as error:
+        write_file(path, data)
+    except StateAccessError:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise unwritable(path, error) from error
+        raise
 
 
 def unwritable(path: Path, error: OSError) -> StateAccessError:

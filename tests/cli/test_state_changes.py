@@ -125,7 +125,7 @@ def test_rollback_where_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
 def test_restore(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", generation(5), generation(6))
     (tmp_path / "file").write_bytes(generation(2))
-    arguments = ["restore", made, tmp_path / "file"]
+    arguments: list[str | Path] = ["restore", made, tmp_path / "file"]
     refuse(2, "generation 2 would take the place of generation 6", "state", *arguments, untouched=tmp_path)
     assert "as generation 7" in state(*arguments, "--allow-rollback")
     assert permanent(held(made)) == b"state of generation 2"

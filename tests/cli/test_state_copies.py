@@ -72,14 +72,14 @@ def test_export_in_an_older_format(tmp_path: Path) -> None:
 
 
 def test_export_in_an_older_format_where_something_would_be_lost(tmp_path: Path, made: Path) -> None:
-    arguments = ["state", "export", made, "--out", tmp_path / "out", "--format-version"]
+    arguments: list[str | Path] = ["state", "export", made, "--out", tmp_path / "out", "--format-version"]
     refuse(42, "5 localities", *arguments, "2", untouched=tmp_path)
     refuse(2, "--format-version", *arguments, "4", untouched=tmp_path)
 
 
 def test_export_of_sealed_state_in_an_older_format_needs_the_key(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", golden(2, "sealed"))
-    arguments = ["export", made, "--out", tmp_path / "out", "--format-version", "1"]
+    arguments: list[str | Path] = ["export", made, "--out", tmp_path / "out", "--format-version", "1"]
     refuse(14, "no key", "state", *arguments, untouched=tmp_path)
     state(*arguments, "--key", key_file(tmp_path))
     data = (tmp_path / "out").read_bytes()
