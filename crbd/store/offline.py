@@ -241,8 +241,8 @@ def vacant(directory: Path) -> Iterator[None]:
     had_lock = (directory / _LOCK_NAME).exists()
     if was_there:
         _refuse_unless_vacant(directory)
-    make_directory(directory)
     try:
+        make_directory(directory)
         lock = LockFile.acquire(directory / _LOCK_NAME)
         try:
             _refuse_unless_vacant(directory)
@@ -251,14 +251,16 @@ def vacant(directory: Path) -> Iterator[None]:
             except BaseException:
                 _clear(directory)
                 raise
+        except BaseException:
+            if not had_lock:
+                with contextlib.suppress(OSError):
+                    (directory / _LOCK_NAME).unlink()
+            raise
         finally:
             lock.release()
     except BaseException:
-        # As it was before; failing that leaves a lock file behind, which means nothing.
-        with contextlib.suppress(OSError):
-            if not had_lock:
-                (directory / _LOCK_NAME).unlink()
-            if not was_there:
+        if not was_there:
+            with contextlib.suppress(OSError):
                 directory.rmdir()
         raise
 

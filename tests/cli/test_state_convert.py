@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,55 @@ def test_a_conversion_in_place_that_fails_anywhere_leaves_all_as_it_was(
         assert (status, contents(made)) == (16, before), failed
         refused += 1
     assert refused > 5
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_a_conversion_into_another_directory_that_fails_anywhere_leaves_none(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, arguments = IN_PLACE[case]
+    if arguments[-1] == "--new-key":
+        arguments = [*arguments, key_file(tmp_path)]
+    made, out = make(tmp_path / "tpm"), tmp_path / "out"
+    for number in range(100):
+        with monkeypatch.context() as patch:
+            failed = fail_once(patch, number)
+            status = main(["state", "convert", str(made), *arguments, "--out", str(out)])
+        if not failed:
+            assert status == 0
+            break
+        if status == 0:
+            assert "unlink" in failed
+            shutil.rmtree(out)
+        else:
+            assert status == 16
+            assert not out.exists(), failed
+    assert number > 4
+
+
+def test_a_disk_that_does_not_keep_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = put(tmp_path / "tpm", golden(1))
+    before = contents(made)
+    write, pwrite = os.write, os.pwrite
+
+    def lossy_write(descriptor: int, data: bytes) -> int:
+        return write(descriptor, data[:-1] + bytes((data[-1] ^ 1,)))
+
+    def lossy_pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        data = bytes(data)
+        if len(data) < 4096:
+            return pwrite(descriptor, data, offset)
+        return pwrite(descriptor, data[:700] + bytes((data[700] ^ 1,)) + data[701:], offset)
+
+    monkeypatch.setattr(os, "write", lossy_write)
+    monkeypatch.setattr(os, "pwrite", lossy_pwrite)
+    key = ["--new-key", key_file(tmp_path)]
+    cases: list[list[str | Path]] = [["--to", "swtpm"], ["--to", "crbd", *key]]
+    for arguments in cases:
+        refuse(12, "", "state", "convert", made, *arguments, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        refuse(12, "", "state", "convert", made, *arguments, "--in-place")
+        assert contents(made) == before
 
 
 def fail_once(patch: pytest.MonkeyPatch, number: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -146,6 +147,16 @@ def test_verify_looks_at_everything(tmp_path: Path) -> None:
     (tmp_path / "engine").write_bytes(encode(s.sample()))
     assert "is whole" in state("verify", tmp_path / "engine")
     refuse(13, "libtpms 0.10", "state", "verify", tmp_path / "engine", "--engine")
+
+
+def test_the_marker_of_an_interrupted_manufacture_is_no_tpm(tmp_path: Path) -> None:
+    marker = encode(dataclasses.replace(s.sample(), permanent=None))
+    (tmp_path / "file").write_bytes(marker)
+    put(tmp_path / "tpm", golden(3), marker)
+    for path in (tmp_path / "file", tmp_path / "tpm"):
+        refuse(18, "holds no TPM yet", "state", "verify", path)
+    refuse(18, "holds no TPM yet", "state", "export", tmp_path / "tpm", "--out", tmp_path / "out", untouched=tmp_path)
+    refuse(18, "holds no TPM yet", "check", tmp_path / "tpm")
 
 
 def test_check(tmp_path: Path) -> None:
