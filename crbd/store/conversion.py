@@ -3,7 +3,7 @@
 Theory. The source is locked and read whole before anything is written, what was written is read back and compared,
 and only then is it the state. In place, the files as they were stay under other names, hard links made before
 anything else. While one layout takes the other's place there is a moment in which both are there: a power cut then
-leaves a directory that is refused by everybody (`found_in`), and whoever removes the new files has the old state.
+leaves a directory that is refused by everybody (`found_in`), in which the kept files are whole.
 
     tpm.crbd                  tpm.crbd.before-convert
     tpm2-00.permall           swtpm.permall.before-convert (under its old first name it would count as state)
@@ -35,6 +35,7 @@ from crbd.store.files import sync_directory
 from crbd.store.layout import Layout
 from crbd.store.offline import (
     BEFORE_CONVERT,
+    CONVERTING,
     OfflineState,
     create_slots,
     create_state,
@@ -185,7 +186,7 @@ def _replace_document(source: Source, payload: bytes) -> None:
     Raises as `_take_the_place`.
     """
     file = source.directory / FILE_NAME
-    making = file.with_name(f"{FILE_NAME}.converting")
+    making = file.with_name(CONVERTING)
     _remove([making])
     with _all_or_nothing(source.directory, _kept_names(source), [making]):
         create_slots(making, payload)

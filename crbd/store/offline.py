@@ -36,6 +36,8 @@ from crbd.store.slots import Loaded, SlotFile
 
 BEFORE_CONVERT = ".before-convert"
 """How the names of files end that an in-place conversion kept."""
+CONVERTING = f"{FILE_NAME}.converting"
+"""A new `tpm.crbd` before it takes the old one's place; one that is there otherwise is left of a power cut."""
 _LOCK_NAME = ".lock"
 
 
@@ -122,7 +124,10 @@ def layout_of(directory: Path) -> Layout:
 
 
 def kept_files(directory: Path) -> list[Path]:
-    """What upgrades and conversions left for the case of need, by name. Raises StateAccessError."""
+    """What upgrades and conversions left, for the case of need or for want of power, by name.
+
+    Raises StateAccessError.
+    """
     try:
         names = sorted(path for path in directory.iterdir() if _is_kept(path.name))
     except OSError as error:
@@ -132,6 +137,8 @@ def kept_files(directory: Path) -> list[Path]:
 
 def _is_kept(name: str) -> bool:
     front, _, number = name.rpartition("-")
+    if name in (CONVERTING, f".{CONVERTING}.new"):
+        return True
     return name.endswith(BEFORE_CONVERT) or (front == f"{FILE_NAME}.format" and number.isdecimal())
 
 

@@ -92,7 +92,13 @@ def test_an_old_document_that_cannot_be_kept_is_not_written_over(tmp_path: Path)
 
 def test_prune_removes_what_was_kept_and_nothing_else(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", golden(3))
-    kept = ["tpm.crbd.before-convert", "tpm.crbd.format-1", "tpm.crbd.format-12"]
+    kept = [
+        ".tpm.crbd.converting.new",
+        "tpm.crbd.before-convert",
+        "tpm.crbd.converting",
+        "tpm.crbd.format-1",
+        "tpm.crbd.format-12",
+    ]
     others = ["tpm.crbd.format-x", "tpm.crbd.format-", "notes", "before-convert"]
     for name in (*kept, *others):
         (made / name).write_bytes(b"")
