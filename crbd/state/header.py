@@ -31,7 +31,7 @@ DIGEST_SIZE: Final = 32
 
 _FIXED = Struct("<8sHHHHIQ16s16sQB")
 _SWTPM_HEADS: Final = (b"\x01\x01\x00\x0a", b"\x02\x01\x00\x0a")
-_SWTPM_LINEAR: Final = b"swtpmlin"
+_SWTPM_LINEAR: Final = b"nilmptws"
 
 
 class Suite(IntEnum):

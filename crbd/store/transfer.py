@@ -74,11 +74,6 @@ def exported(data: bytes, keys: tuple[UserKey, ...], format_version: int | None,
         return encode(ours, seal, format_version=format_version)
 
 
-def checked(data: bytes, keys: tuple[UserKey, ...], name: str) -> bytes:
-    """`data`, a document that may become a directory's state: whole, and complete as far as that shows."""
-    return exported(data, keys, None, name)
-
-
 def replaced(document: Document, name: str | None) -> Document:
     """The first document of a new instance with the TPM of another; `name` replaces its name."""
     now = int(time.time())

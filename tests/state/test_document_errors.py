@@ -163,7 +163,7 @@ def test_damage_is_named(case: str) -> None:
 OTHERS: dict[str, tuple[bytes, list[RawKey] | None, type[StateError], str]] = {
     "empty": (b"", None, StateEmptyError, "is empty"),
     "swtpm's file": (encode_file(b"state"), None, StateForeignError, "convert --to crbd"),
-    "swtpm's linear file": (b"swtpmlin" + bytes(200), None, StateForeignError, "convert --to crbd"),
+    "swtpm's linear file": (b"nilmptws" + bytes(200), None, StateForeignError, "convert --to crbd"),
     "sealed, no key": (SEALED, None, StateSealedError, "give key file 'key'"),
     "sealed, no keys": (SEALED, [], StateSealedError, "no key was given"),
     "sealed, wrong key": (SEALED, [s.other_key()], StateWrongKeyError, "none of the given keys"),
