@@ -79,11 +79,10 @@ def test_the_identity_is_carried_on_and_the_generation_counts(made: Path) -> Non
 
 def test_a_new_file_appears_with_its_first_commit(tmp_path: Path) -> None:
     store = opened(tmp_path, create=True)
-    assert store.document is None
-    assert not (tmp_path / FILE_NAME).exists()
+    assert [store.document, (tmp_path / FILE_NAME).exists()] == [None, False]
     store.commit({PERMANENT: b"one"})
+    assert store.load(PERMANENT) == b"one"
     assert (tmp_path / FILE_NAME).exists()
-    assert store.document is not None
     store.close()
 
 
