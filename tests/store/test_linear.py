@@ -131,7 +131,13 @@ def test_a_file_does_not_grow_for_ever(path: Path) -> None:
 
 # -- locks and fences
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
 """As swtpm 0.10 and later: a record lock on the file itself."""
 
 
