@@ -21,6 +21,7 @@ import trio
 from crbd.control import messages as m
 from crbd.control.connection import ControlConnection, Received, Rejected
 from crbd.control.spec import BY_REQUEST
+from crbd.server.accepting import accept
 from crbd.service.control import ControlService
 from crbd.tpm.results import TpmResult
 
@@ -63,8 +64,7 @@ class ControlChannel:
         async with trio.open_nursery() as nursery:
             while True:
                 await places.acquire()
-                accepted, _ = await accepting.accept()
-                nursery.start_soon(self._serve_at, places, accepted)
+                nursery.start_soon(self._serve_at, places, await accept(accepting))
 
     async def _serve_at(self, places: trio.Semaphore, accepted: trio.socket.SocketType) -> None:
         try:

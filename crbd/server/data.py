@@ -12,6 +12,7 @@ import socket
 
 import trio
 
+from crbd.server.accepting import accept
 from crbd.server.pump import Pump
 from crbd.service.instance import Instance
 
@@ -33,8 +34,7 @@ class DataChannel:
         """Serve the clients of a listening socket one after the other, for ever."""
         accepting = trio.socket.from_stdlib_socket(listener)
         while True:
-            accepted, _ = await accepting.accept()
-            await self.serve_connected(_plain(accepted))
+            await self.serve_connected(_plain(await accept(accepting)))
 
     async def serve_connected(self, connected: socket.socket) -> None:
         """Serve one client until it is gone, as soon as no other one is being served."""

@@ -69,7 +69,12 @@ class Pump:
 
         The socket is closed then.
         """
-        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            log.error("a data client is turned away: %s", error.strerror)
+            self._socket.close()
+            return
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._wake_when_cancelled, wake)

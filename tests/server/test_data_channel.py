@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -164,3 +165,22 @@ async def test_nothing_is_left_open(tmp_path: Path) -> None:
         client.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert os.listdir(tmp_path) == []
+
+
+async def test_running_out_of_descriptors_makes_clients_wait_and_ends_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path, STARTED) as daemon:
+        control, waiting = await daemon.control(), Client(trio.socket.socket(socket.AF_UNIX))
+        assert len(await control.ask(bytes.fromhex("00000001"), 8)) == 8
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held = [os.dup(0)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, limits[1]))
+            await waiting.socket.connect(str(daemon.data))
+            await waiting.send(c.GET_RANDOM)
+            with trio.move_on_after(0.3) as patience:
+                await waiting.socket.recv(1)
+            assert patience.cancelled_caught, "nobody could accept it"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            os.close(held[0])
+        assert len(await waiting.receive(28)) == 28
