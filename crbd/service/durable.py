@@ -43,6 +43,9 @@ class DurableState:
         """Make durable what is pending. Raises StoreError; then it is still pending."""
         if not self.pending:
             return
+        # Until the store says yes, nobody knows which of the two is on disk.
+        for kind in self.pending:
+            self._committed.pop(kind, None)
         self._store.commit(self.pending)
         self._committed.update(self.pending)
         self.pending.clear()

@@ -271,10 +271,11 @@ class Instance:
         """
         with self._lock:
             data = decode_migration(blob, f"the {kind.nvram_name} state blob") if blob else None
-            self._handed_in.discard(kind)
+            # The engine forgets every blob when it rejects one, and all of them with the permanent one.
+            kept = set() if kind is StateKind.PERMANENT and data is None else self._handed_in - {kind}
+            self._handed_in = set()
             self._engine.set_state(kind, data)
-            if data is not None:
-                self._handed_in.add(kind)
+            self._handed_in = kept if data is None else kept | {kind}
 
     def buffer_size(self, wanted: int) -> BufferSize:
         """Ask for (0) or set the buffer size. Raises EngineError where it is to change while the TPM is ON."""
@@ -330,7 +331,7 @@ class Instance:
         return response
 
     def _power_on(self, *, delete_volatile: bool) -> None:
-        if StateKind.PERMANENT not in self._handed_in and self._state.load(StateKind.PERMANENT) is None:
+        if self._engine.get_state(StateKind.PERMANENT) is None:
             self._refuse_unless_new_is_allowed()
             log.info("making a new TPM in %s", self._store.name)
         if StateKind.PERMANENT in self._handed_in and StateKind.VOLATILE not in self._handed_in:
@@ -343,12 +344,15 @@ class Instance:
             raise
         finally:
             self._handed_in.clear()
-        self._store.use_engine(_stamp_of(self._engine))
-        if delete_volatile:
-            self._state.delete(StateKind.VOLATILE)
         try:
+            if self._engine.was_manufactured:
+                # Whatever went before: without permission a new TPM does not reach the store.
+                self._refuse_unless_new_is_allowed()
+            self._store.use_engine(_stamp_of(self._engine))
+            if delete_volatile:
+                self._state.delete(StateKind.VOLATILE)
             self._state.commit()
-        except StoreError:
+        except (StoreError, StateError, EngineError):
             self._engine.stop()
             self._state.discard()
             raise

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from crbd.errors import EngineError, StateAbsentError, StateDamagedError
+from crbd.engine.fake import FakeEngine
+from crbd.errors import EngineError, StateAbsentError, StateDamagedError, StoreError
+from crbd.service.durable import DurableState
+from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration, encode_migration
 from crbd.tpm.head import response_code
 from tests.engine import commands as c
 
+from .failing_store import FailingStore
 from .instances import Real
 
 PERMANENT, VOLATILE, SAVESTATE = StateKind.PERMANENT, StateKind.VOLATILE, StateKind.SAVESTATE
@@ -123,3 +127,68 @@ def test_a_blob_is_swtpms_form() -> None:
     assert blob is not None
     assert decode_migration(blob, "blob") == bench.store.load(PERMANENT)
     bench.instance.close()
+
+
+def test_a_rejected_blob_takes_the_others_along_and_opens_no_way_to_a_new_tpm() -> None:
+    """libtpms forgets all blobs when it rejects one; the permission to make a TPM must not hang on ours being there."""
+    source = Real()
+    source.instance.init(delete_volatile=False)
+    permanent = source.instance.state_blob(PERMANENT)
+    source.instance.close()
+    assert permanent is not None
+    target = Real(InstanceOptions())
+    target.instance.set_state_blob(PERMANENT, permanent)
+    with pytest.raises(EngineError):
+        target.instance.set_state_blob(VOLATILE, encode_migration(b"no volatile state at all"))
+    with pytest.raises(StateAbsentError):
+        target.instance.init(delete_volatile=False)
+    assert target.store.load(PERMANENT) is None
+    assert not target.instance.running
+    target.instance.close()
+
+
+def test_taking_the_permanent_blob_back_takes_the_permission_back() -> None:
+    source = Real()
+    source.instance.init(delete_volatile=False)
+    permanent = source.instance.state_blob(PERMANENT)
+    source.instance.close()
+    assert permanent is not None
+    target = Real(InstanceOptions())
+    target.instance.set_state_blob(PERMANENT, permanent)
+    target.instance.set_state_blob(PERMANENT, b"")
+    with pytest.raises(StateAbsentError):
+        target.instance.init(delete_volatile=False)
+    assert target.store.load(PERMANENT) is None
+    target.instance.close()
+
+
+class Forgetful(FakeEngine):
+    """Says that there is permanent state, and makes a new TPM all the same."""
+
+    def get_state(self, kind: StateKind) -> bytes | None:
+        return super().get_state(kind) or b"there is"
+
+
+def test_a_tpm_that_was_made_without_permission_does_not_reach_the_store() -> None:
+    store = FailingStore()
+    instance = Instance(Forgetful, store, InstanceOptions())
+    with pytest.raises(StateAbsentError):
+        instance.init(delete_volatile=False)
+    assert not instance.running
+    instance.close()
+    assert store.load(PERMANENT) is None
+
+
+def test_after_a_failed_write_what_was_on_disk_before_is_written_again() -> None:
+    """Nobody knows which of the two a failed write left there."""
+    store = FailingStore({PERMANENT: b"old"})
+    state = DurableState(store)
+    assert state.load(PERMANENT) == b"old"
+    state.store(PERMANENT, b"new")
+    store.full = True
+    with pytest.raises(StoreError):
+        state.commit()
+    store.full = False
+    state.store(PERMANENT, b"old")
+    state.commit()
+    assert store.commits == 1
