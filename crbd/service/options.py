@@ -1,10 +1,11 @@
-"""How one TPM is to behave: the flags that swtpm's `--flags` and `--locality` set."""
+"""How one TPM is to behave: what swtpm's `--flags`, `--locality`, `--migration` and `--migration-key` set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.tpm.codes import StartupType
 
 
@@ -39,3 +40,13 @@ class InstanceOptions:
     """Refuse locality 4 from SET_LOCALITY and the vendor command."""
     allow_set_locality: bool = False
     """Honour the vendor command that sets the locality on the data channel."""
+    migration_key: SwtpmKey | None = field(default=None, repr=False)
+    """Encrypts the state blobs that GET_STATEBLOB hands out; opens those of SET_STATEBLOB."""
+    file_key: SwtpmKey | None = field(default=None, repr=False)
+    """The key of state in swtpm's layout. Encrypts state blobs for a client that does not ask for decrypted ones."""
+    incoming: bool = False
+    """The store is neither locked nor looked at before the first SET_STATEBLOB, INIT or LOCK_STORAGE: until then the
+    TPM may run elsewhere on the same storage."""
+    release_lock_outgoing: bool = False
+    """The store's lock is given up when the savestate blob was asked for: the TPM may then be started elsewhere on the
+    same storage. The next command takes it back, if nobody has started it."""
