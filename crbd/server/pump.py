@@ -7,6 +7,9 @@ The thread polls the socket and an eventfd. The eventfd wakes it for the end: ca
 pump asks the TPM to give up its command, wakes the thread and waits for it. The thread is never abandoned: it may
 hold the engine lock.
 
+The same eventfd wakes it to be frozen: then a command under way is finished and answered, and what is neither in the
+kernel any more nor dealt with yet comes out as a value, with which another pump, perhaps in another process, goes on.
+
     IDLE       nothing received, or all of it answered: polls without a limit
     PARTIAL    a command has begun: polls until its deadline, then answers as `stalled` says
     ANSWERING  writes; a client that does not read is waited for, without the engine lock
@@ -22,6 +25,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -45,18 +49,52 @@ class PumpEndedError(Exception):
     """The pump is to end now."""
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenPump:
+    """What a pump had taken from its client and not dealt with, and what it had for the client and not sent."""
+
+    received: bytes = b""
+    unsent: bytes = b""
+
+
 class Pump:
     """Serves TPM commands on `connected`, a connected stream socket that it owns from now on.
 
     `answer` runs a command (blocking, in the pump's thread); `cancel` asks it to give up. `limit` is the largest
-    command in bytes.
+    command in bytes. `frozen` is where the pump before this one stopped.
     """
 
-    def __init__(self, connected: socket.socket, answer: Answer, cancel: Callable[[], None], limit: int) -> None:
+    def __init__(
+        self,
+        connected: socket.socket,
+        answer: Answer,
+        cancel: Callable[[], None],
+        limit: int,
+        frozen: FrozenPump | None = None,
+    ) -> None:
         self._socket = connected
         self._answer = answer
         self._cancel = cancel
+        frozen = frozen or FrozenPump()
         self._limit = limit
+        self._connection = DataConnection(limit, frozen.received)
+        self._unsent = frozen.unsent
+        self._wake = -1
+        self._freezing = False
+        self._closing = False
+        """The client has been told that its connection ends: nothing of it is carried on."""
+        self._ended = False
+
+    @property
+    def socket(self) -> socket.socket:
+        """Of the client."""
+        return self._socket
+
+    def freeze(self) -> None:
+        """Let `run` return as soon as no command is under way. Called on the loop, while `run` runs or before."""
+        self._freezing = True
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def peer_is_gone(self) -> bool:
         """Whether the other end has closed the connection, though the pump may not have come to see it. Any thread."""
@@ -64,62 +102,73 @@ class Pump:
         poller.register(self._socket, select.POLLRDHUP)
         return any(happened & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, happened in poller.poll(0))
 
-    async def run(self) -> None:
-        """Serve until the client closes, breaks the connection, or this task is cancelled.
+    async def run(self) -> FrozenPump | None:
+        """Serve until the client closes, breaks the connection, or this task is cancelled: the socket is closed then.
 
-        The socket is closed then.
+        Or until `freeze`: the socket stays open, and what is returned is where a successor goes on.
         """
         try:
             wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError as error:
             log.error("a data client is turned away: %s", error.strerror)
             self._socket.close()
-            return
+            return None
+        frozen = None
+        self._wake = wake
+        if self._freezing:
+            os.eventfd_write(wake, 1)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._wake_when_cancelled, wake)
                 # Shielded without a deadline: the wake-up ends the thread, and the engine's answer is always waited
                 # for.
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._serve, wake, limiter=trio.CapacityLimiter(1))
+                    frozen = await trio.to_thread.run_sync(self._serve, wake, limiter=trio.CapacityLimiter(1))
+                self._ended = True
                 nursery.cancel_scope.cancel()
         finally:
-            self._socket.close()
+            self._wake = -1
             os.close(wake)
+            if frozen is None:
+                self._socket.close()
+        return frozen
 
     async def _wake_when_cancelled(self, wake: int) -> None:
         try:
             await trio.sleep_forever()
         finally:
-            self._cancel()
-            os.eventfd_write(wake, 1)
+            if not self._ended:
+                self._cancel()
+                os.eventfd_write(wake, 1)
 
     # -- in the thread
     # -----------------------------------------------------------------------------------------------------
 
-    def _serve(self, wake: int) -> None:
+    def _serve(self, wake: int) -> FrozenPump | None:
         try:
-            self._serve_until_closed(wake)
+            if self._go_on(wake):
+                self._serve_until_closed(wake)
         except PumpEndedError:
-            return
+            if self._freezing and not self._closing:
+                return FrozenPump(self._connection.held, self._unsent)
         except OSError as error:
             log.info("data connection broke: %s", error.strerror)
+        return None
 
     def _serve_until_closed(self, wake: int) -> None:
         # Every name that the way of a quick command touches is local, and a read that is just one command does not take
         # the road through the connection: each microsecond here is one of every TPM command.
         poll, receive, send = self._poller(wake).poll, self._socket.recv, self._socket.send
         answer, limit = self._answer, self._limit
-        connection = DataConnection(limit)
-        deadline: float | None = None
+        connection = self._connection
+        deadline = time.monotonic() + STALL_TIMEOUT if connection.partial else None
         while True:
             # None waits for ever; milliseconds, and never 0 before the deadline is truly over.
             ready = poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000 + 1)
             if len(ready) != 1 or ready[0][0] == wake:
                 if ready:
                     raise PumpEndedError
-                self._send(connection.stalled().answer, wake)
-                self._linger(wake)
+                self._close(connection.stalled(), wake)
                 return
             try:
                 data = receive(READ_SIZE)
@@ -139,25 +188,40 @@ class Pump:
                 continue
             if not data:
                 return
-            events = connection.receive(data)
-            if not self._answer_all(events, wake):
-                self._linger(wake)
+            connection.receive(data)
+            answered = self._answer_all(wake)
+            if answered is None:
                 return
             if not connection.partial:
                 deadline = None
-            elif events or deadline is None:
+            elif answered or deadline is None:
                 deadline = time.monotonic() + STALL_TIMEOUT
 
-    def _answer_all(self, events: tuple[Command | Malformed, ...], wake: int) -> bool:
-        """False if the connection is to be closed."""
-        for event in events:
-            if isinstance(event, Malformed):
-                self._send(event.answer, wake)
-                if event.close:
-                    return False
-            else:
+    def _go_on(self, wake: int) -> bool:
+        """Take up what the pump before this one left; false if the connection has come to its end with it."""
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            self._send(unsent, wake)
+        return self._answer_all(wake) is not None
+
+    def _answer_all(self, wake: int) -> int | None:
+        """Answer what has been received whole; how many commands it was, or None where the connection was closed."""
+        answered = 0
+        while (event := self._connection.next_event()) is not None:
+            answered += 1
+            if isinstance(event, Command):
                 self._send(event.frame(self._answer(event.body, event.locality)), wake)
-        return True
+            elif event.close:
+                self._close(event, wake)
+                return None
+            else:
+                self._send(event.answer, wake)
+        return answered
+
+    def _close(self, last: Malformed, wake: int) -> None:
+        self._closing = True
+        self._send(last.answer, wake)
+        self._linger(wake)
 
     def _poller(self, wake: int) -> select.poll:
         poller = select.poll()
@@ -166,7 +230,7 @@ class Pump:
         return poller
 
     def _send(self, data: bytes, wake: int) -> None:
-        """One write where the client reads its answers. Raises OSError, PumpEndedError."""
+        """One write where the client reads its answers. Raises OSError; PumpEndedError, with the rest in `_unsent`."""
         try:
             sent = self._socket.send(data)
         except BlockingIOError:
@@ -179,6 +243,7 @@ class Pump:
         rest = memoryview(data)[sent:]
         while rest:
             if any(descriptor == wake for descriptor, _ in poller.poll()):
+                self._unsent = bytes(rest)
                 raise PumpEndedError
             try:
                 rest = rest[self._socket.send(rest) :]

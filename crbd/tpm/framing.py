@@ -67,9 +67,10 @@ class DataConnection:
 
     __slots__ = ("_closed", "_limit", "_received")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, received: bytes = b"") -> None:
+        """`received` is what another connection held when its client was taken from it."""
         self._limit = limit
-        self._received = bytearray()
+        self._received = bytearray(received)
         self._closed = False
 
     @property
@@ -77,22 +78,26 @@ class DataConnection:
         """Whether a command has begun and lacks bytes: the caller bounds how long it waits for them."""
         return bool(self._received)
 
-    def receive(self, data: bytes) -> tuple[Command | Malformed, ...]:
-        """Take in bytes from the peer; return what they complete, in order. Raises nothing, whatever the bytes are."""
-        if self._closed:
-            return ()
-        self._received += data
-        events: list[Command | Malformed] = []
-        while (event := self._next()) is not None:
-            events.append(event)
-        return tuple(events)
+    @property
+    def held(self) -> bytes:
+        """What has been received and has not become an event."""
+        return bytes(self._received)
+
+    def receive(self, data: bytes) -> None:
+        """Take in bytes from the peer. Raises nothing, whatever they are."""
+        if not self._closed:
+            self._received += data
 
     def stalled(self) -> Malformed:
         """The rest of a partial command did not come in time: its size field was a lie, or the client is gone."""
         prefixed = self._received.startswith(SEND_COMMAND)
         return self._give_up(prefixed=prefixed, close=True)
 
-    def _next(self) -> Command | Malformed | None:
+    def next_event(self) -> Command | Malformed | None:
+        """The next thing that what has been received completes, or None: more bytes are needed, or the end has come.
+
+        What it is made of is no longer `held` then.
+        """
         received = self._received
         if len(received) < HEAD_SIZE or self._closed:
             return None
