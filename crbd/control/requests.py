@@ -22,7 +22,7 @@ class StateFlag(IntFlag):
     DECRYPTED = 1
     """In GET_STATEBLOB: hand the blob out without the file key's encryption (the migration key's stays)."""
     ENCRYPTED = 2
-    """In the reply of GET_STATEBLOB and in SET_STATEBLOB: the blob is encrypted with the migration key."""
+    """In the reply of GET_STATEBLOB and in SET_STATEBLOB: the state in the blob is encrypted with the file key."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ from crbd.errors import (
     StateUnsealedError,
     StateWrongKeyError,
 )
+from crbd.state.saved import Session
 from crbd.state.swtpm_sealing import Entropy, SwtpmKey
+from crbd.state.swtpm_session import SESSION_TAG, decode_carried, encode_carried
 
 MAX_BLOB = 512 * 1024
 """Bytes; swtpm's own upper bound for a state blob (SET_STATEBLOB). A TPM 2.0 has about 1 to 150 kB."""
@@ -95,6 +97,15 @@ _MIGRATION: Final = _Level(
 )
 
 
+class MigrationState(NamedTuple):
+    """What a migration blob holds."""
+
+    state: bytes
+    """The engine's state."""
+    session: Session | None
+    """What crbd sent along with volatile state; swtpm sends none."""
+
+
 class _Blob(NamedTuple):
     version: int
     flags: BlobFlag
@@ -129,14 +140,17 @@ def encode_migration(
     key: SwtpmKey | None = None,
     file_key: SwtpmKey | None = None,
     *,
+    session: Session | None = None,
     entropy: Entropy = secrets.token_bytes,
 ) -> bytes:
     """The migration form of an engine's state, as GET_STATEBLOB returns it.
 
     `key` is the migration key. `file_key` is given where the client did not ask for decrypted state: the state is
-    encrypted by it inside.
+    encrypted by it inside. `session` goes along with volatile state (`crbd.state.swtpm_session`).
     """
     inner, flags = _wrapped(state, _FILE, file_key, entropy)
+    if session is not None:
+        inner += _tlv(SESSION_TAG, encode_carried(session))
     body, outer = _wrapped(inner, _MIGRATION, key, entropy)
     return _with_head(body, flags | outer | BlobFlag.MIGRATION_DATA)
 
@@ -149,11 +163,20 @@ def decode_migration(
     `encrypted` is the request's own flag: it says that the file key encrypted the state, as the head's flag does.
     Raises as `decode_file`, but for a plain blob: that is taken although there is a key.
     """
+    return open_migration(blob, name, key, file_key, encrypted=encrypted).state
+
+
+def open_migration(
+    blob: bytes, name: str, key: SwtpmKey | None = None, file_key: SwtpmKey | None = None, *, encrypted: bool = False
+) -> MigrationState:
+    """`decode_migration`, with what crbd sent along."""
     found = _without_head(blob, name)
     outer = bool(found.flags & BlobFlag.MIGRATION_ENCRYPTED)
     inner = encrypted or bool(found.flags & BlobFlag.ENCRYPTED)
     body = _unwrapped(found, _MIGRATION, key, outer, name)
-    return _unwrapped(found._replace(body=body), _FILE, file_key, inner, name)
+    state = _unwrapped(found._replace(body=body), _FILE, file_key, inner, name)
+    carried = _find_or_none(body, SESSION_TAG, name) if found.version > 1 else None
+    return MigrationState(state, None if carried is None else decode_carried(carried, name))
 
 
 def _wrapped(data: bytes, level: _Level, key: SwtpmKey | None, entropy: Entropy) -> tuple[bytes, BlobFlag]:
@@ -187,7 +210,7 @@ def _unwrapped(blob: _Blob, level: _Level, key: SwtpmKey | None, encrypted: bool
     return key.decrypt(_find(blob.body, level.encrypted, name), mac, vector, name)
 
 
-def _tlv(tag: BlobTag, data: bytes) -> bytes:
+def _tlv(tag: int, data: bytes) -> bytes:
     return _TLV.pack(tag, len(data)) + data
 
 
@@ -225,7 +248,7 @@ def _find(body: bytes, wanted: BlobTag, name: str) -> bytes:
     return found
 
 
-def _find_or_none(body: bytes, wanted: BlobTag, name: str) -> bytes | None:
+def _find_or_none(body: bytes, wanted: int, name: str) -> bytes | None:
     offset = 0
     while offset < len(body):
         if len(body) - offset < _TLV.size:
