@@ -19,9 +19,9 @@ class ReplyDecoder:
     """Replies come in the order of the requests: announce each request with `expect`, then feed and fetch.
 
     Theory. A reply does not say what it is a reply to, and its first 32 bits decide its length: success has the layout
-    of the request's row, an error is 4 bytes. GET_STATEBLOB's error is a whole head of 16 bytes, except where swtpm's
-    TPM is not X
-    timed out, or the stream has ended), `next_reply(final=True)` takes the 4 bytes for the reply.
+    of the request's row, an error is 4 bytes. GET_STATEBLOB's error is a whole head of 16 bytes, except from swtpm
+    whose TPM is not running, which sends 4. Nobody can tell those from the beginning of 16: once the caller knows that
+    no more comes (it has timed out, or the stream has ended), `next_reply(final=True)` takes the 4 bytes for the reply.
     """
 
     def __init__(self) -> None:

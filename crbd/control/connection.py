@@ -65,6 +65,19 @@ class Rejected:
 Event = Received | Rejected
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionSnapshot:
+    """A connection between two reads, so that another one can go on with it."""
+
+    received: bytes = b""
+    """The beginning of a request, or what may be padding."""
+    may_be_padding: bool = False
+    waiting: tuple[tuple[int, int], ...] = ()
+    """Descriptors that a SET_DATAFD may still take: how many of the `received` bytes had come with it, and itself."""
+    events: tuple[Event, ...] = ()
+    """Not fetched yet."""
+
+
 class ControlConnection:
     """The protocol's state for one client."""
 
@@ -133,6 +146,34 @@ class ControlConnection:
             if isinstance(event, Received) and isinstance(event.request, SetDataFd):
                 self._unclaimed.append(event.request.fd)
         return self.unclaimed_fds()
+
+    def freeze(self) -> ConnectionSnapshot:
+        """All that is inside but the unclaimed descriptors; the connection is closed and empty afterwards.
+
+        The snapshot's descriptors belong to whoever has it.
+        """
+        front = self._received - len(self._buffer)
+        snapshot = ConnectionSnapshot(
+            self._buffer.peek(len(self._buffer)),
+            self._may_be_padding,
+            tuple((max(0, position - front), fd) for position, fd in self._waiting),
+            tuple(self._events),
+        )
+        self._waiting.clear()
+        self._events.clear()
+        self._close()
+        return snapshot
+
+    @classmethod
+    def thaw(cls, snapshot: ConnectionSnapshot) -> ControlConnection:
+        """A connection that goes on where `snapshot` was taken. Raises WireError for more bytes than can wait."""
+        connection = cls()
+        connection._buffer.append(snapshot.received)
+        connection._received = len(snapshot.received)
+        connection._may_be_padding = snapshot.may_be_padding
+        connection._waiting.extend(snapshot.waiting)
+        connection._events.extend(snapshot.events)
+        return connection
 
     def _parse(self) -> None:
         complete_before = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given
@@ -186,6 +187,19 @@ def test_cuts_change_nothing(stream: list[tuple[tuple[bytes, m.Request], bytes]]
     assert feed(connection, pieces) == expected
     assert connection.unclaimed_fds() == ()
     assert not connection.partial
+    assert feed_frozen(pieces) == expected
+
+
+def feed_frozen(pieces: Iterable[tuple[bytes, Sequence[int]]]) -> list[Event]:
+    """The events of the same reads by connections that are frozen and thawed after each, before anybody looks."""
+    connection = ControlConnection()
+    for data, fds in pieces:
+        connection.receive(data, fds)
+        assert connection.unclaimed_fds() == ()
+        frozen = connection.freeze()
+        assert connection.abandon() == ()
+        connection = ControlConnection.thaw(frozen)
+    return events_of(connection)
 
 
 LIKELY = st.one_of(st.binary(max_size=12), st.sampled_from([data for data, _ in SAMPLES]))

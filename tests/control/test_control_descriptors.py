@@ -103,14 +103,14 @@ LIKELY = st.one_of(
 )
 
 
-@given(st.lists(st.tuples(LIKELY, st.integers(0, 3), st.booleans(), st.booleans())), st.booleans())
-def test_conservation(reads: list[tuple[bytes, int, bool, bool]], ends: bool) -> None:
+@given(st.lists(st.tuples(LIKELY, st.integers(0, 3), st.booleans(), st.booleans(), st.booleans())), st.booleans())
+def test_conservation(reads: list[tuple[bytes, int, bool, bool, bool]], ends: bool) -> None:
     """Whatever comes in whatever reads, and whenever the caller looks, each descriptor comes out once."""
     connection = ControlConnection()
     handed_in: list[int] = []
     out: list[int] = []
     events: list[Event] = []
-    for data, count, look_at_events, look_at_unclaimed in reads:
+    for data, count, look_at_events, look_at_unclaimed, freeze in reads:
         fds = tuple(range(len(handed_in), len(handed_in) + count))
         handed_in += fds
         connection.receive(data, fds)
@@ -118,6 +118,10 @@ def test_conservation(reads: list[tuple[bytes, int, bool, bool]], ends: bool) ->
             events += events_of(connection)
         if look_at_unclaimed:
             out += connection.unclaimed_fds()
+        if freeze:
+            frozen = connection.freeze()
+            out += connection.abandon()
+            connection = ControlConnection.thaw(frozen)
     if ends:
         connection.end_of_stream()
         events += events_of(connection)
