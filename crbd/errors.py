@@ -208,3 +208,17 @@ class DaemonError(OperatorError):
 
     exit_code = 32
     meaning = "a running daemon could not be asked, or does not know what it was asked"
+
+
+class AuthorityError(OperatorError):
+    """The certificate authority cannot be used, or did not issue what it was asked for."""
+
+    exit_code = 50
+    meaning = "the certificate authority cannot be used, or did not issue a certificate"
+
+
+class AuthorityAbsentError(AuthorityError):
+    """There is no certificate authority, and making one was not asked for."""
+
+    exit_code = 51
+    meaning = "there is no certificate authority"
