@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -23,7 +24,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from crbd.errors import AuthorityError, UsageError
 from crbd.provision.authority import AuthorityFiles, default_directory, open_authority
 from crbd.provision.certificates import serial_number_of_tpm
-from crbd.provision.signing import CertificateSigner, DevIdRequest, EkRequest, KeyPublic
+from crbd.provision.signing import CertificateSigner, DevIdRequest, EkRequest
+
+if TYPE_CHECKING:
+    from crbd.provision.signing import KeyPublic
 
 PROGRAM_TIMEOUT = 120.0
 """Seconds that a program may take for one certificate."""
