@@ -222,3 +222,17 @@ class AuthorityAbsentError(AuthorityError):
 
     exit_code = 51
     meaning = "there is no certificate authority"
+
+
+class ProvisionError(OperatorError):
+    """A TPM could not be provisioned. The state is as it was before."""
+
+    exit_code = 50
+    meaning = "the TPM could not be provisioned; its state was not changed"
+
+
+class TssMissingError(OperatorError):
+    """tpm2-pytss, which provisioning is built on, is missing."""
+
+    exit_code = 51
+    meaning = "tpm2-pytss is missing, which provisioning needs"
