@@ -14,19 +14,31 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import UUID
 
 from crbd import __version__
-from crbd.errors import StoreError
+from crbd.errors import StateAbsentError, StateUnfinishedError, StoreError
 from crbd.state.compatibility import check_engine
-from crbd.state.document import Document, check_complete, decode, encode, open_seal, peek_header
+from crbd.state.document import (
+    Document,
+    check_complete,
+    check_identity,
+    decode,
+    encode_hashed,
+    open_seal,
+    peek_header,
+    verify,
+)
 from crbd.state.header import FORMAT_VERSION
 from crbd.state.keys import UserKey
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp, Identity, TpmState
 from crbd.state.sealing import Seal
-from crbd.store.files import write_durably
+from crbd.state.side import SideState
+from crbd.store.files import make_directory, write_durably
 from crbd.store.lockfile import LockFile
 from crbd.store.slots import SlotFile
 
@@ -43,66 +55,108 @@ class NewTpm:
 
 
 class DocumentStore:
-    """A `Store` in a directory with a `tpm.crbd`. It is locked from the beginning."""
+    """A `Store` in a directory with a `tpm.crbd`. While it is not locked every `load` opens the file anew."""
 
-    def __init__(self, directory: Path, *, create: bool, new: NewTpm | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        create: bool,
+        new: NewTpm | None = None,
+        uuid: UUID | None = None,
+        lock: bool = True,
+    ) -> None:
         """Open what is there with the keys in `new`, or, with `create`, prepare a new file, which appears with its
-        first commit.
+        first commit. `uuid` is the instance that is expected, or that is made.
 
         Raises a StateError; nothing is changed then but the lock file.
         """
         self._path = directory / FILE_NAME
+        self._create = create
         self._new = new or NewTpm()
+        self._uuid = uuid
         self._engine: EngineStamp | None = None
         self._seal: Seal | None = None
         self._document: Document | None = None
         self._old, self._old_format = b"", FORMAT_VERSION
         """The document of an older format, as long as it has not been kept elsewhere; and its format."""
-        self._lock: LockFile | None = LockFile.acquire(directory / ".lock")
-        try:
-            self._slots = SlotFile.open(self._path, create=create)
-        except BaseException:
-            self._lock.release()
-            raise
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+        self._slots: SlotFile | None = None
+        self._lock: LockFile | None = None
+        if lock:
+            self.lock()
 
     @property
     def name(self) -> str:
         return str(self._path)
 
     @property
+    def locked(self) -> bool:
+        return self._lock is not None
+
+    @property
     def document(self) -> Document | None:
-        """What the file holds; None before the first commit to a new one."""
+        """What the file held when it was last read or written; None where it never was."""
         return self._document
 
     def lock(self) -> None:
-        if self._lock is None:
-            self._lock = LockFile.acquire(self._path.parent / ".lock")
+        if self._lock is not None:
+            return
+        # A TPM that was here once is not made anew.
+        create = self._create and self._document is None
+        if create:
+            make_directory(self._path.parent)
+        with ExitStack() as undo:
+            lock = LockFile.acquire(self._path.parent / ".lock")
+            undo.callback(lock.release)
+            slots = SlotFile.open(self._path, create=create)
+            undo.callback(slots.close)
+            undo.callback(self._forget_seal)
+            self._read(slots)
+            undo.pop_all()
+        self._lock, self._slots = lock, slots
+
+    def release(self) -> None:
+        self._forget_seal()
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def use_engine(self, stamp: EngineStamp) -> None:
         self._engine = stamp
 
     def load(self, kind: StateKind) -> bytes | None:
         """Read from the file again: what it holds counts, not what this process remembers."""
-        self._read()
-        state = None if self._document is None else self._document.state(kind)
+        document = self._reread()
+        state = None if document is None else document.state(kind)
         if state is None:
             return None
         if self._engine is not None:
             check_engine(state, self._engine, self.name)
         return state.data
 
-    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
+    def load_side(self) -> SideState | None:
+        document = self._reread()
+        if document is None or document.volatile is None or (document.crb is None and document.session is None):
+            return None
+        return SideState(document.crb, document.session)
+
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
+        if self._slots is None:
+            raise StoreError(f"{self._path} is not locked, and nothing is written without the lock")
         if self._engine is None:
             raise StoreError(f"{self._path}: no engine has said what it is")
         stamp = self._engine
-        following = self._following()
+        following = self._following(self._slots)
         wanted = {kind: following.state(kind) for kind in StateKind}
         wanted |= {kind: None if data is None else TpmState(data, stamp) for kind, data in changes.items()}
+        if side is not None and wanted[StateKind.VOLATILE] is None:
+            raise ValueError("registers are kept beside volatile state, and there is none")
+        if side is not None or StateKind.VOLATILE in changes:
+            kept = side or SideState()
+            following = replace(following, crb=kept.crb, session=kept.session)
         following = replace(
             following,
             permanent=wanted[StateKind.PERMANENT],
@@ -110,22 +164,40 @@ class DocumentStore:
             savestate=wanted[StateKind.SAVESTATE],
         )
         self._keep_old_format()
-        self._slots.commit(encode(following, self._seal))
+        data, digest = encode_hashed(following, self._seal)
+        self._slots.commit(data, digest)
         self._document = following
 
     def close(self) -> None:
+        self.release()
+
+    def _forget_seal(self) -> None:
         if self._seal is not None:
             self._seal.wipe()
-        self._slots.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            self._seal = None
 
-    def _read(self) -> None:
-        loaded = self._slots.load()
+    def _reread(self) -> Document | None:
+        if self._slots is not None:
+            return self._read(self._slots)
+        try:
+            slots = SlotFile.open(self._path, create=False, writable=False)
+        except (StateAbsentError, StateUnfinishedError):
+            if self._create:
+                return None
+            raise
+        try:
+            return self._read(slots)
+        finally:
+            slots.close()
+            self._forget_seal()
+
+    def _read(self, slots: SlotFile) -> Document | None:
+        loaded = slots.load()
         if loaded is None:
             self._document = None
-            return
+            return None
+        if self._uuid is not None:
+            check_identity(verify(loaded.payload, self.name), self._uuid, self.name)
         keys: Iterable[UserKey] | Seal | None = self._seal or self._new.keys or None
         if self._seal is None and self._new.keys and peek_header(loaded.payload, self.name).sealed:
             self._seal = open_seal(loaded.payload, self._new.keys, self.name)
@@ -135,18 +207,19 @@ class DocumentStore:
         self._document = document
         self._old_format = peek_header(loaded.payload, self.name).format_version
         self._old = loaded.payload if self._old_format != FORMAT_VERSION else b""
+        return document
 
-    def _following(self) -> Document:
+    def _following(self, slots: SlotFile) -> Document:
         """The next document, with the states of the present one."""
         now = int(time.time())
         if self._document is None:
-            identity = Identity(uuid.uuid4(), self._new.name, 1, WRITER, now)
+            identity = Identity(self._uuid or uuid.uuid4(), self._new.name, 1, WRITER, now)
             if self._new.keys:
                 self._seal = Seal.create(identity.uuid, self._new.keys)
-            return Document(identity, self._slots.writer_id, now)
+            return Document(identity, slots.writer_id, now)
         before = self._document
         identity = replace(before.identity, generation=before.identity.generation + 1, writer=WRITER)
-        return replace(before, identity=identity, writer_id=self._slots.writer_id, written=now)
+        return replace(before, identity=identity, writer_id=slots.writer_id, written=now)
 
     def _keep_old_format(self) -> None:
         """Before the first write over a document of an older format: keep its bytes. Raises StoreError."""

@@ -18,25 +18,32 @@ remedy.) After a failed sync of the head either head may be on disk, and what ei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from struct import Struct
 
 from crbd.errors import (
+    StateAbsentError,
     StateAccessError,
     StateDamagedError,
     StateEmptyError,
     StateError,
     StateForeignError,
     StateNewerError,
+    StateUnfinishedError,
     StoreError,
     StoreFencedError,
 )
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
+from crbd.state.side import SideState
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
+from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.files import BlockFile, RegularFile
+from crbd.store.options import DEFAULT, PRIVATE, FileOptions
+from crbd.store.side import SideFile
 
 MAGIC = b"nilmptws"
 VERSION = 1
@@ -46,6 +53,7 @@ _FRONT = Struct("<8sBBH")
 _ENTRY = Struct("<III")
 _ENTRIES = 15
 _PLACES = {StateKind.PERMANENT: 0, StateKind.VOLATILE: 1, StateKind.SAVESTATE: 2}
+SIDE_SUFFIX = ".registers"
 _RESTORE = "restore it from a backup"
 
 
@@ -110,13 +118,29 @@ def _plausible(ordered: list[Section]) -> bool:
 
 
 class LinearStore:
-    """A `Store` in one file. Used from one thread at a time."""
+    """A `Store` in one file. While it is not locked every `load` opens the file anew. One thread at a time."""
 
-    def __init__(self, path: Path, file: BlockFile, *, create: bool) -> None:
-        """`create`: an empty file may become a new TPM's. Nothing is read or written before it is needed."""
+    def __init__(
+        self,
+        path: Path,
+        open_file: Callable[[bool], BlockFile],
+        *,
+        create: bool,
+        key: SwtpmKey | None = None,
+        options: FileOptions = DEFAULT,
+    ) -> None:
+        """It is not locked, and nothing is looked at yet. `open_file` is told whether it may make the file.
+
+        `create`: an empty or absent file may become a new TPM's. With `key` what is read must be encrypted, and what is
+        written is. A backup is not kept.
+        """
         self._path = path
-        self._file = file
+        self._open_file = open_file
         self._create = create
+        self._key = key
+        self._options = options
+        self._side = SideFile(path.with_name(path.name + SIDE_SUFFIX), key)
+        self._file: BlockFile | None = None
         self._head = bytes(HEAD_SIZE)
         """As last read, or written and synced."""
         self._sections: dict[StateKind, Section] = {}
@@ -124,97 +148,171 @@ class LinearStore:
         """What a head on disk may refer to beside `_sections`, after a failed sync."""
         self._in_doubt = False
         """The last head was not synced."""
+        self._held_a_tpm = False
 
     @property
     def name(self) -> str:
         return str(self._path)
 
-    def lock(self) -> None:
-        """And read what is there, as another may have been the user until now. Raises a StateError."""
-        self._file.lock()
-        if not self._file.published:
-            return
-        try:
-            self._file.settle()
-            head = self._read_head()
-        except OSError as error:
-            raise self._unreadable(error) from error
-        self._sections = {} if self._create and not any(head) else decode_head(head, self.name)
-        self._head = head
-        self._kept, self._in_doubt = [], False
+    @property
+    def locked(self) -> bool:
+        return self._file is not None
 
-    def unlock(self) -> None:
-        """Let another be the user, until `lock`. Raises StateAccessError."""
-        self._file.unlock()
+    def lock(self) -> None:
+        if self._file is not None:
+            return
+        # A TPM that was here once is not made anew.
+        file = self._open_file(self._create and not self._held_a_tpm)
+        try:
+            if self._options.locking:
+                file.lock()
+            self._survey(file)
+            self._refuse_orphans()
+            if self._options.adopt_mode and file.published:
+                self._set_mode()
+        except OSError as error:
+            file.close()
+            raise self._unreadable(error) from error
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            # The descriptor's end is the lock's end.
+            self._file.close()
+            self._file = None
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """swtpm's file does not say which engine wrote it; libtpms judges its blobs itself."""
 
     def load(self, kind: StateKind) -> bytes | None:
-        section = self._sections.get(kind)
-        if section is None:
-            return None
+        if self._file is not None:
+            return self._load(self._file, kind)
         try:
-            blob = self._read(section)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return decode_file(blob, f"{self._path} ({kind.nvram_name})")
+            file = self._open_file(False)
+        except (StateAbsentError, StateUnfinishedError):
+            if self._create:
+                return None
+            raise
+        try:
+            self._survey(file)
+            return self._load(file, kind)
+        finally:
+            file.close()
 
-    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
+    def load_side(self) -> SideState | None:
+        return self._side.load(self._volatile())
+
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
+        file = self._file
+        if file is None:
+            raise StoreError(f"{self._path} is not locked, and nothing is written without the lock")
+        before = None if side is None else self._volatile()
+        after = changes.get(StateKind.VOLATILE, before)
+        if side is not None and after is None:
+            raise ValueError("registers are kept beside volatile state, and there is none")
         try:
-            self._refuse_if_fenced()
-            blobs = {kind: self._carry_over(kind) for kind in self._sections.keys() - changes.keys()}
-            self._write(blobs | {kind: encode_file(data) for kind, data in changes.items() if data is not None})
-            if not self._file.published:
-                self._file.publish()
+            self._refuse_if_fenced(file)
+            blobs = {kind: self._carry_over(file, kind) for kind in self._sections.keys() - changes.keys()}
+            if side is not None and after is not None:
+                self._side.prepare(before, after, side)
+            new = {kind: encode_file(data, self._key) for kind, data in changes.items() if data is not None}
+            self._write(file, blobs | new)
+            if not file.published:
+                file.publish()
+                self._set_mode()
+            if side is None and StateKind.VOLATILE in changes:
+                self._side.remove()
         except OSError as error:
             raise StoreError(f"TPM state could not be written to {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
-        self._file.close()
+        self.release()
 
-    def refuse_orphans(self) -> None:
+    def _survey(self, file: BlockFile) -> None:
+        """Read the head, as another may have been the user until now. Raises a StateError."""
+        self._sections, self._head, self._kept, self._in_doubt = {}, bytes(HEAD_SIZE), [], False
+        if not file.published:
+            return
+        try:
+            file.settle()
+            head = self._read_head(file)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        may_be_empty = self._create and not self._held_a_tpm
+        self._sections = {} if may_be_empty and not any(head) else decode_head(head, self.name)
+        self._head = head
+        self._held_a_tpm = bool(self._sections)
+
+    def _load(self, file: BlockFile, kind: StateKind) -> bytes | None:
+        section = self._sections.get(kind)
+        if section is None:
+            return None
+        try:
+            blob = self._read(file, section)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return decode_file(blob, f"{self._path} ({kind.nvram_name})", self._key)
+
+    def _volatile(self) -> bytes | None:
+        """As `load`; None too for what cannot be read: no registers belong to that."""
+        try:
+            return self.load(StateKind.VOLATILE)
+        except StateError:
+            return None
+
+    def _refuse_orphans(self) -> None:
         """Raises StateDamagedError where volatile state lies without the permanent state it belongs to."""
         if self._sections and StateKind.PERMANENT not in self._sections:
             raise StateDamagedError(f"{self._path} holds no permanent state, but what belongs to one", _RESTORE)
 
-    def _read_head(self) -> bytes:
+    def _set_mode(self) -> None:
+        """Of a regular file; a device's is its administrator's. Raises OSError."""
+        if (self._options.mode != PRIVATE or self._options.adopt_mode) and self._path.is_file():
+            self._path.chmod(self._options.mode)
+
+    @staticmethod
+    def _read_head(file: BlockFile) -> bytes:
         """Zeros where the file does not reach: a failed first write may have made it longer than it was."""
-        head = self._file.pread(HEAD_SIZE, 0)
+        head = file.pread(HEAD_SIZE, 0)
         return head if any(head) else bytes(HEAD_SIZE)
 
-    def _read(self, section: Section) -> bytes:
+    @staticmethod
+    def _read(file: BlockFile, section: Section) -> bytes:
         """Up to one byte more than the largest blob, so that the decoder sees an oversized one and memory does not."""
-        return self._file.pread(min(section.length, MAX_BLOB + 1), section.offset)
+        return file.pread(min(section.length, MAX_BLOB + 1), section.offset)
 
-    def _carry_over(self, kind: StateKind) -> bytes:
+    def _carry_over(self, file: BlockFile, kind: StateKind) -> bytes:
         """A kind that does not change, as it lies there. Raises StoreError, OSError."""
         section = self._sections[kind]
-        blob = self._read(section)
+        blob = self._read(file, section)
         if len(blob) != section.length or len(blob) > MAX_BLOB:
             raise StoreError(f"{self._path} ({kind.nvram_name}) is damaged, and nothing is written beside it")
         return blob
 
-    def _refuse_if_fenced(self) -> None:
+    def _refuse_if_fenced(self, file: BlockFile) -> None:
         """After a failed attempt any piece of a head may lie there: the lock must do. Raises StoreError, OSError."""
-        self._file.check_place()
-        if not self._in_doubt and self._read_head() != self._head:
+        file.check_place()
+        if not self._in_doubt and self._read_head(file) != self._head:
             raise StoreFencedError(f"another program wrote to {self._path}; this TPM is not the one on disk any more")
 
-    def _write(self, blobs: dict[StateKind, bytes]) -> None:
+    def _write(self, file: BlockFile, blobs: dict[StateKind, bytes]) -> None:
         """Raises OSError; then the sections are as before."""
         lengths = {kind: len(blobs[kind]) for kind in sorted(blobs)}
         sections = self._place(lengths)
         body = b"".join(blobs[kind].ljust(section.reserved, b"\0") for kind, section in sections.items())
         if body:
-            self._file.pwrite(body, min(section.offset for section in sections.values()))
-            self._file.fdatasync()
+            file.pwrite(body, min(section.offset for section in sections.values()))
+            file.fdatasync()
         head = encode_head(sections)
         self._kept, self._in_doubt = [*self._kept, *sections.values()], True
-        self._file.pwrite(head, 0)
-        self._file.fdatasync()
+        file.pwrite(head, 0)
+        file.fdatasync()
         self._kept, self._in_doubt = [], False
         self._head, self._sections = head, sections
+        self._held_a_tpm = bool(sections)
 
     def _place(self, lengths: dict[StateKind, int]) -> dict[StateKind, Section]:
         """Sections one after another where nothing lies that a head may refer to; before all that, if there is room."""
@@ -233,16 +331,27 @@ class LinearStore:
         return StateAccessError(f"{self._path} cannot be read: {error.strerror}", "check the disk it is on")
 
 
-def open_linear(path: Path, *, create: bool) -> LinearStore:
-    """Open and lock the file and see that what lies there can be read; a new one appears with its first commit.
+def open_linear(
+    path: Path,
+    *,
+    create: bool,
+    key: SwtpmKey | None = None,
+    options: FileOptions = DEFAULT,
+    lock: bool = True,
+) -> LinearStore:
+    """Open the file; with `lock`, lock it and see that what lies there can be read. A new one appears with its first
+    commit.
 
     Raises a StateError; nothing is changed.
     """
-    store = LinearStore(path, RegularFile.open(path, create=create), create=create)
-    try:
+    open_file = partial(_open_file, path)
+    store = LinearStore(path, open_file, create=create, key=key, options=options)
+    if lock:
         store.lock()
-        store.refuse_orphans()
-    except StateError:
-        store.close()
-        raise
+    elif not create:
+        open_file(False).close()
     return store
+
+
+def _open_file(path: Path, create: bool) -> BlockFile:
+    return RegularFile.open(path, create=create)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from crbd.errors import StoreError
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
+from crbd.state.side import SideState
 
 
 class MemoryStore:
-    """A `Store` without a file. `initial` is what it holds at first."""
+    """A `Store` without a file. `initial` is what it holds at first. Nobody else can see it, but its lock counts."""
 
-    def __init__(self, initial: Mapping[StateKind, bytes] | None = None) -> None:
+    def __init__(self, initial: Mapping[StateKind, bytes] | None = None, *, lock: bool = True) -> None:
         self._held: dict[StateKind, bytes] = dict(initial or {})
+        self._side: SideState | None = None
+        self._locked = lock
 
     @property
     def name(self) -> str:
         return "the ephemeral store"
 
+    @property
+    def locked(self) -> bool:
+        return self._locked
+
     def lock(self) -> None:
-        """Nobody else can see this store."""
+        self._locked = True
+
+    def release(self) -> None:
+        self._locked = False
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """The engine does not change while the process lives."""
@@ -27,12 +38,18 @@ class MemoryStore:
     def load(self, kind: StateKind) -> bytes | None:
         return self._held.get(kind)
 
-    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
-        for kind, data in changes.items():
-            if data is None:
-                self._held.pop(kind, None)
-            else:
-                self._held[kind] = data
+    def load_side(self) -> SideState | None:
+        return self._side
+
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
+        if not self._locked:
+            raise StoreError(f"{self.name} is not locked, and nothing is written without the lock")
+        wanted = {**self._held, **changes}
+        if side is not None and wanted.get(StateKind.VOLATILE) is None:
+            raise ValueError("registers are kept beside volatile state, and there is none")
+        if side is not None or StateKind.VOLATILE in changes:
+            self._side = side
+        self._held = {kind: data for kind, data in wanted.items() if data is not None}
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,4 +1,10 @@
-"""The port behind which frozen state lives."""
+"""The port behind which frozen state lives.
+
+Locked and unlocked. A store is normally opened locked. Where a TPM may still run elsewhere on the same storage (a
+migration) it is opened without the lock: then what lies there can be read, nothing is written and nothing is made,
+until `lock`. After `release` it is so again. What was read while the lock was not held says nothing once it is: `lock`
+looks at the disk anew, and the caller loads again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from typing import Protocol
 
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
+from crbd.state.side import SideState
 
 
 class Store(Protocol):
@@ -16,8 +23,19 @@ class Store(Protocol):
     def name(self) -> str:
         """What messages to the operator call this store: its path, or what else it is."""
 
+    @property
+    def locked(self) -> bool:
+        """Whether this process is the only user and `commit` may be called."""
+
     def lock(self) -> None:
-        """Become the only user. Raises StateLockedError, StateAccessError; locking twice is no error."""
+        """Become the only user, and look at what is there as if it were opened now.
+
+        Raises a StateError: StateLockedError, or what opening raises; the store is not locked then. Locking twice is
+        no error.
+        """
+
+    def release(self) -> None:
+        """Let another process become the user, until `lock`. Releasing twice is no error. Raises StateAccessError."""
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """Whose state is loaded and committed from now on.
@@ -32,11 +50,21 @@ class Store(Protocol):
         Raises a StateError that names the file where it exists and cannot be read.
         """
 
-    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
+    def load_side(self) -> SideState | None:
+        """Registers and session that belong to the volatile state that is there now; None where there are none.
+
+        Where they cannot be read or belong to other volatile state, that is logged and None: the TPM starts without
+        them.
+        """
+
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
         """Make the changes durable (None deletes); when this returns they survive a power cut.
 
-        Permanent state is written before all else. Raises StoreError; each kind is then stored either as before or as
-        wanted, never in between.
+        `side` belongs to the volatile state that is there afterwards and is kept for as long as that is: a commit that
+        changes volatile state without giving `side` removes what was kept. Permanent state is written before all else.
+        Raises StoreError; each kind is then stored either as before or as wanted, never in between. Raises StoreError
+        where the store is not locked, and ValueError for a `side` where no volatile state would be there: nothing was
+        written then.
         """
 
     def close(self) -> None:

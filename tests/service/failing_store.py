@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from crbd.errors import StateLockedError, StoreError
 from crbd.state.kinds import StateKind
+from crbd.state.side import SideState
 from crbd.store.memory import MemoryStore
 
 
@@ -26,12 +27,14 @@ class FailingStore(MemoryStore):
         if self.lock_refusals:
             self.lock_refusals -= 1
             raise StateLockedError("the store is in use", "wait")
+        super().lock()
+        super().lock()
 
-    def commit(self, changes: Mapping[StateKind, bytes | None]) -> None:
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
         if self.full:
             raise StoreError("no space left on device")
         self.commits += 1
-        super().commit(changes)
+        super().commit(changes, side)
 
     def close(self) -> None:
         self.closed = True

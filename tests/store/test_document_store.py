@@ -17,6 +17,7 @@ from crbd.errors import (
     StateWrongKeyError,
     StoreError,
     StoreFencedError,
+    UsageError,
 )
 from crbd.state.document import decode, encode, peek_header
 from crbd.state.keys import Passphrase, RawKey, ScryptCost
@@ -203,5 +204,5 @@ def test_what_an_interrupted_creation_left_is_not_taken_for_a_tpm(tmp_path: Path
 
 def test_a_key_is_not_ignored_in_swtpms_layout(tmp_path: Path) -> None:
     (tmp_path / "tpm2-00.permall").write_bytes(b"x")
-    with pytest.raises(StateUnsealedError):
+    with pytest.raises(UsageError, match="--swtpm-key"):
         open_state(tmp_path, create=False, new=NewTpm("", (RawKey(bytes(32)),)))

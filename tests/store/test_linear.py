@@ -29,6 +29,7 @@ from crbd.errors import (
 )
 from crbd.state.kinds import StateKind
 from crbd.store.linear import HEAD_SIZE, LinearStore, Section, decode_head, encode_head, open_linear
+from crbd.store.options import FileOptions
 from tests.cli.process import ask, wait_until
 from tests.engine import commands
 from tests.store.recording import Acknowledge, Begin, Disk, Fault, Image, RecordingFile, replay
@@ -146,18 +147,31 @@ def test_locks(path: Path) -> None:
     store.commit({PERMANENT: b"one"})
     with pytest.raises(StateLockedError, match=r"tpm\.state is in use"):
         open_linear(path, create=False)
-    store.unlock()
+    store.release()
     other = open_linear(path, create=False)
     other.commit({PERMANENT: b"two"})
     with pytest.raises(StateLockedError):
         store.lock()
     other.close()
-    with pytest.raises(StoreFencedError, match="another program wrote"):
+    with pytest.raises(StoreError, match="not locked"):
         store.commit({PERMANENT: b"stale"})
     store.lock()
     assert store.load(PERMANENT) == b"two"
     store.commit({PERMANENT: b"three"})
     store.close()
+
+
+def test_a_writer_that_locks_do_not_keep_away_is_noticed(path: Path) -> None:
+    unlocked = FileOptions(locking=False)
+    store = open_linear(path, create=True, options=unlocked)
+    store.commit({PERMANENT: b"one"})
+    other = open_linear(path, create=False, options=unlocked)
+    other.commit({PERMANENT: b"two"})
+    with pytest.raises(StoreFencedError, match="another program wrote"):
+        store.commit({PERMANENT: b"stale"})
+    assert other.load(PERMANENT) == b"two"
+    store.close()
+    other.close()
 
 
 def test_locked_as_swtpm_does(path: Path) -> None:
@@ -177,7 +191,7 @@ def test_locked_as_swtpm_does(path: Path) -> None:
 
 
 def opened(file: RecordingFile, *, create: bool) -> LinearStore:
-    store = LinearStore(PATH, file, create=create)
+    store = LinearStore(PATH, lambda create: file, create=create)
     store.lock()
     return store
 
