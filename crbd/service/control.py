@@ -120,23 +120,29 @@ def _kind(blob_type: int, refusal: TpmResult) -> StateKind:
 
 
 def _get_stateblob(instance: Instance, request: m.GetStateBlob) -> m.Reply:
-    blob = instance.state_blob(_kind(request.blob_type, TpmResult.FAIL))
-    if blob is None:
+    kind = _kind(request.blob_type, TpmResult.FAIL)
+    decrypted = bool(request.flags & m.StateFlag.DECRYPTED)
+    piece = instance.state_blob(kind, decrypted=decrypted, offset=request.offset)
+    if piece is None:
         return m.refuse(m.GetStateBlob, TpmResult.RETRY)
-    piece = blob[request.offset :]
+    flags = m.StateFlag.ENCRYPTED if instance.options.file_key is not None and not decrypted else m.StateFlag(0)
     # swtpm says what remains, not what the whole is; QEMU insists on both lengths being the same.
-    return m.StateBlob(result=TpmResult.SUCCESS, flags=m.StateFlag(0), total_length=len(piece), data=piece)
+    return m.StateBlob(result=TpmResult.SUCCESS, flags=flags, total_length=len(piece), data=piece)
 
 
 def _set_stateblob(instance: Instance, request: m.SetStateBlob) -> m.Reply:
-    if request.flags & m.StateFlag.ENCRYPTED:
-        raise EngineError("SET_STATEBLOB with a blob encrypted by a state key", TpmResult.KEY_NOT_FOUND)
-    instance.set_state_blob(_kind(request.blob_type, TpmResult.BAD_PARAMETER), request.data)
+    kind = _kind(request.blob_type, TpmResult.BAD_PARAMETER)
+    instance.set_state_blob(kind, request.data, encrypted=bool(request.flags & m.StateFlag.ENCRYPTED))
     return m.Done()
 
 
-def _get_config(_: Instance, __: m.GetConfig) -> m.Reply:
-    return m.Config(m.ConfigFlag(0))
+def _get_config(instance: Instance, _: m.GetConfig) -> m.Reply:
+    flags = m.ConfigFlag(0)
+    if instance.options.file_key is not None:
+        flags |= m.ConfigFlag.FILE_KEY
+    if instance.options.migration_key is not None:
+        flags |= m.ConfigFlag.MIGRATION_KEY
+    return m.Config(flags)
 
 
 def _set_buffersize(instance: Instance, request: m.SetBufferSize) -> m.Reply:

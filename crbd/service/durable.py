@@ -8,6 +8,8 @@ along with the next commit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from crbd.state.kinds import StateKind
 from crbd.store.port import Store
 
@@ -54,6 +56,16 @@ class DurableState:
     def discard(self) -> None:
         """Forget what is pending: the call that brought it failed as a whole, before anything could depend on it."""
         self.pending.clear()
+
+    def forget(self) -> None:
+        """Know nothing any more of what is on disk: others could write there. What was pending is of that time too."""
+        self.pending.clear()
+        self._committed.clear()
+
+    def take_over(self, changes: Mapping[StateKind, bytes | None]) -> None:
+        """Take from another instance what it could not commit (None deletes)."""
+        for kind, data in changes.items():
+            self._want(kind, data)
 
     def _want(self, kind: StateKind, data: bytes | None) -> None:
         if kind in self._committed and self._committed[kind] == data:

@@ -11,6 +11,8 @@ The automatic TPM2_Shutdown(STATE), with CLEAR as the fallback, is sent when the
 already. Without it every power-off looks like a power cut to the TPM, whose dictionary-attack counter then locks
 guests out (swtpm does the same).
 
+State blobs and the store's lock during a migration: `crbd.service.migration`.
+
 A new TPM is made in one place, `_power_on`, and only if the options allow it, the store holds no permanent state, and
 no blob was handed in. Permission is used up by the first success: state that vanishes under a running daemon is never
 replaced by a new TPM.
@@ -22,7 +24,6 @@ computes.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -30,14 +31,26 @@ from collections.abc import Callable, Iterable
 from crbd.crb.config import CrbConfig
 from crbd.crb.effects import Busy, Effect, HashData, HashEnd, HashStart
 from crbd.engine.port import BufferSize, Engine, StatePort
-from crbd.errors import EngineError, EngineFailedError, StateAbsentError, StateDamagedError, StateError, StoreError
+from crbd.errors import (
+    EngineError,
+    EngineFailedError,
+    StateAbsentError,
+    StateDamagedError,
+    StateError,
+    StateLockedError,
+    StoreError,
+)
 from crbd.service.durable import DurableState
+from crbd.service.frozen import FrozenInstance, freeze_tpm, thaw_tpm
 from crbd.service.lock import EngineLock
+from crbd.service.migration import LOCK_RETRY_INTERVAL, Custody, StateBlobs
 from crbd.service.options import InstanceOptions, Startup
 from crbd.service.registers import Registers
+from crbd.service.stamp import stamp_of
+from crbd.state.crb import snapshot_of
+from crbd.state.handover import InstanceFacts
 from crbd.state.kinds import StateKind
-from crbd.state.saved import EngineStamp
-from crbd.state.swtpm import decode_migration, encode_migration
+from crbd.state.saved import Session
 from crbd.store.port import Store
 from crbd.tpm.codes import CommandCode, ResponseCode, StartupType
 from crbd.tpm.head import HEAD_SIZE, error_response, response_code, shutdown_command, startup_command, success_response
@@ -46,10 +59,8 @@ from crbd.tpm.results import TpmResult
 log = logging.getLogger(__name__)
 
 MAX_LOCALITY = 4
-_INFO_ACTIVE_PROFILE = 32
-"""libtpms' TPMLIB_INFO_ACTIVE_PROFILE."""
-LOCK_RETRY_INTERVAL = 0.010
-"""Seconds between two tries of LOCK_STORAGE (swtpm's figure)."""
+MAX_LOCK_RETRIES = 6000
+"""Of LOCK_STORAGE: a minute."""
 
 _FAILURE = error_response(ResponseCode.FAILURE)
 _RETRY = error_response(ResponseCode.RETRY)
@@ -66,7 +77,7 @@ class Instance:
         self._state = DurableState(store)
         self._engine = make_engine(self._state)
         self._options = options
-        store.use_engine(_stamp_of(self._engine))
+        store.use_engine(stamp_of(self._engine))
         self._may_manufacture = options.may_manufacture
         self._registers = Registers(CrbConfig(max_command=self._engine.buffer_size().maximum))
         # What the way of a command touches, one look-up away.
@@ -79,7 +90,16 @@ class Instance:
         self._lock = EngineLock()
         self._engine_lock, self._contested = self._lock.engine, self._lock.contested
         self._last_command = b""
-        self._handed_in: set[StateKind] = set()
+        self._blobs = StateBlobs(self._engine, self._state, options)
+        self._custody = Custody(store, self._state)
+        self._ready = False
+        """Whether the TPM is ON and the store's lock is held: then commands are executed."""
+        self._established_before = False
+        """The tpmEstablished flag as it came with a state blob; no engine can be told to set its own."""
+        self._client_sized = False
+        """Whether a client set the buffer size."""
+        self._first_command: bytes | None = None
+        """`_last_command` as it came with state blobs: as long as it is the same object, this TPM ran no command."""
 
     # -- start and end
     # ---------------------------------------------------------------------------------------------------------
@@ -87,8 +107,10 @@ class Instance:
     def check(self) -> None:
         """See, before anything is served, that there is a TPM here or that one may be made; nothing is changed.
 
-        Raises a StateError that names the file and the remedy.
+        Raises a StateError that names the file and the remedy. Nothing is looked at where state is to come in.
         """
+        if self._options.incoming:
+            return
         with self._lock:
             permanent = self._state.load(StateKind.PERMANENT)
             if permanent is None:
@@ -112,6 +134,7 @@ class Instance:
         with self._lock:
             if startup is Startup.NEED_INIT:
                 return
+            self._custody.take(retries=0)
             self._power_on(delete_volatile=False)
             if startup.startup_type is not None:
                 code = response_code(self._submit(startup_command(startup.startup_type)))
@@ -131,11 +154,56 @@ class Instance:
         with self._lock:
             self._power_off()
             try:
-                self._state.commit()
+                if self._custody.held:
+                    self._state.commit()
             except StoreError as error:
                 log.error("%s; the last change to the TPM is lost", error)
             self._engine.close()
             self._store.close()
+
+    # -- freeze and thaw
+    # ------------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> FrozenInstance:
+        """All that this TPM is, once the command under way is answered. The TPM itself is as before.
+
+        Who goes on with the value elsewhere sees to it that this one runs no command any more. Raises EngineError, and
+        StoreError in the middle of a migration, when the store is not ours.
+        """
+        with self._lock:
+            if not self._custody.held:
+                raise StoreError(f"the lock of {self._store.name} is given up: a migration is under way")
+            facts = InstanceFacts(
+                powered=self._powered,
+                may_manufacture=self._may_manufacture,
+                client_sized=self._client_sized,
+                untouched=self._first_command is not None and self._last_command is self._first_command,
+            )
+            return freeze_tpm(
+                self._engine,
+                self._state,
+                self._blobs,
+                session=self._session(),
+                registers=self._registers.freeze(),
+                facts=facts,
+            )
+
+    def thaw(self, frozen: FrozenInstance, name: str) -> None:
+        """Go on where another instance stopped: on a new one, instead of `check` and `begin`. `name` goes into errors.
+
+        Raises StateError, EngineError; the TPM is OFF then, and nothing was written.
+        """
+        with self._lock:
+            thaw_tpm(self._engine, self._state, self._blobs, frozen, name)
+            if frozen.facts.powered:
+                self._registers.thaw(snapshot_of(frozen.registers))
+                self._device = self._registers.device
+                self._store.use_engine(stamp_of(self._engine))
+                self._powered = self._ready = True
+            self._adopt(frozen.session)
+            self._first_command = self._last_command if frozen.facts.untouched else None
+            self._client_sized = frozen.facts.client_sized
+            self._may_manufacture = frozen.facts.may_manufacture
 
     # -- the data channel
     # --------------------------------------------------------------------------------------------------
@@ -151,7 +219,7 @@ class Instance:
         if self._contested():
             self._lock.let_others_go_first()
         with self._engine_lock:
-            if self._powered and locality is None and not self._hears_vendor_command:
+            if self._ready and locality is None and not self._hears_vendor_command:
                 return self._submit(body)
             return self._execute_with_care(body, locality)
 
@@ -162,6 +230,11 @@ class Instance:
                 return _BAD_LOCALITY
             self._move_to(locality)
         if not self._powered:
+            return _FAILURE
+        try:
+            self._go_on()
+        except (StateError, StoreError) as error:
+            log.error("%s; the command is answered with TPM_RC_FAILURE", error)
             return _FAILURE
         if self._hears_vendor_command and body[6:10] == _VENDOR_SET_LOCALITY:
             return self._vendor_set_locality(body)
@@ -192,11 +265,17 @@ class Instance:
         """Whether the TPM is ON."""
         return self._powered
 
+    @property
+    def options(self) -> InstanceOptions:
+        """As it was made with."""
+        return self._options
+
     def init(self, *, delete_volatile: bool) -> None:
         """Power on, or reset. Raises EngineError, StateError or StoreError; the TPM is OFF then."""
         self.cancel()
         with self._lock:
             self._power_off()
+            self._custody.take()
             self._power_on(delete_volatile=delete_volatile)
 
     def stop(self) -> None:
@@ -208,15 +287,20 @@ class Instance:
     def established(self) -> bool:
         """The tpmEstablished flag. Raises EngineError."""
         with self._lock:
-            return self._engine.established()
+            return self._is_established()
 
     def reset_established(self, locality: int) -> None:
-        """Clear the flag on behalf of `locality`. Raises EngineError: TPM_BAD_LOCALITY where that is not 3 or 4."""
+        """Clear the flag on behalf of `locality`.
+
+        Raises EngineError (TPM_BAD_LOCALITY where that is not 3 or 4), StateError, StoreError.
+        """
         with self._lock:
             if locality > MAX_LOCALITY or not self._registers.reset_establishment(locality):
                 raise EngineError("RESET_TPMESTABLISHED", TpmResult.BAD_LOCALITY)
+            self._go_on()
             self._engine.reset_established(locality)
-            self._registers.set_established(self._engine.established())
+            self._established_before = False
+            self._registers.set_established(self._is_established())
             self._state.commit()
 
     def set_locality(self, locality: int) -> None:
@@ -227,8 +311,10 @@ class Instance:
             self._move_to(locality)
 
     def hash_start(self) -> None:
-        """Begin a locality-4 hash sequence. Raises EngineError."""
+        """Begin a locality-4 hash sequence. Raises EngineError, StateError, StoreError."""
         with self._lock:
+            self._go_on()
+            self._first_command = None
             self._hash(self._registers.hash_start())
 
     def hash_data(self, data: bytes) -> None:
@@ -237,50 +323,52 @@ class Instance:
             self._hash(self._registers.hash_data(data))
 
     def hash_end(self) -> None:
-        """End the hash sequence. Raises EngineError, StoreError."""
+        """End the hash sequence. Raises EngineError, StateError, StoreError."""
         with self._lock:
+            self._go_on()
             self._hash(self._registers.hash_end())
-            self._registers.set_established(self._engine.established())
+            self._registers.set_established(self._is_established())
             self._state.commit()
 
     def store_volatile(self) -> None:
-        """Write the volatile state to the store. Raises EngineError, StoreError."""
+        """Write the volatile state to the store. Raises EngineError, StateError, StoreError."""
         with self._lock:
+            self._go_on()
             data = self._engine.get_state(StateKind.VOLATILE)
             if data is not None:
                 self._state.store(StateKind.VOLATILE, data)
             self._state.commit()
 
-    def state_blob(self, kind: StateKind) -> bytes | None:
-        """The state in swtpm's migration form; None where there is none. Raises EngineError, StoreError, StateError.
+    def state_blob(self, kind: StateKind, *, decrypted: bool = True, offset: int = 0) -> bytes | None:
+        """The state in swtpm's migration form, from `offset` on; None where there is none.
 
-        Stored volatile state is removed when the volatile state is handed out, as swtpm does: who has the blob goes
-        on from it, and it must not be used twice.
+        `decrypted`: without the file key's encryption, where there is a file key. With the last kind, the savestate,
+        the store's lock goes where the options say so. Raises EngineError, StoreError, StateError.
         """
         with self._lock:
-            data = self._engine.get_state(kind)
-            if kind is StateKind.VOLATILE and self._state.load(StateKind.VOLATILE) is not None:
-                self._state.delete(StateKind.VOLATILE)
-                self._state.commit()
-        return None if data is None else encode_migration(data)
+            self._go_on()
+            blob = self._blobs.hand_out(kind, self._session, decrypted=decrypted, offset=offset)
+            if kind is StateKind.SAVESTATE and self._options.release_lock_outgoing:
+                self._custody.give_up(self._blobs.plain)
+                self._ready = False
+        return blob
 
-    def set_state_blob(self, kind: StateKind, blob: bytes) -> None:
+    def set_state_blob(self, kind: StateKind, blob: bytes, *, encrypted: bool = False) -> None:
         """Hand in state in swtpm's migration form for the next `init`;
 
-        an empty blob takes it back. Raises EngineError, StateError.
+        an empty blob takes it back. `encrypted`: its state is encrypted by the file key. Raises EngineError,
+        StateError.
         """
         with self._lock:
-            data = decode_migration(blob, f"the {kind.nvram_name} state blob") if blob else None
-            # The engine forgets every blob when it rejects one, and all of them with the permanent one.
-            kept = set() if kind is StateKind.PERMANENT and data is None else self._handed_in - {kind}
-            self._handed_in = set()
-            self._engine.set_state(kind, data)
-            self._handed_in = kept if data is None else kept | {kind}
+            self._custody.take()
+            self._blobs.hand_in(kind, blob, encrypted=encrypted)
 
     def buffer_size(self, wanted: int) -> BufferSize:
         """Ask for (0) or set the buffer size. Raises EngineError where it is to change while the TPM is ON."""
         with self._lock:
-            return self._engine.buffer_size(wanted)
+            size = self._engine.buffer_size(wanted)
+            self._client_sized = self._client_sized or wanted > 0
+            return size
 
     def info(self, flags: int) -> str:
         """JSON text about the TPM. Raises EngineError."""
@@ -290,18 +378,21 @@ class Instance:
     def lock_storage(self, retries: int) -> None:
         """Hold the store's lock again, trying up to `retries` more times, 10 ms apart.
 
-        Raises StateError when it is not obtained.
+        Raises StateError when it is not obtained, StoreError when the TPM has gone on elsewhere.
         """
-        for _ in range(retries):
+        for _ in range(min(retries, MAX_LOCK_RETRIES)):
             try:
-                with self._lock:
-                    self._store.lock()
-            except StateError:
+                return self._lock_storage_now()
+            except StateLockedError:
                 time.sleep(LOCK_RETRY_INTERVAL)
-            else:
-                return
+        return self._lock_storage_now()
+
+    def _lock_storage_now(self) -> None:
         with self._lock:
-            self._store.lock()
+            if self._powered:
+                self._go_on(retries=0)
+            else:
+                self._custody.take(retries=0)
 
     # -- under the engine lock
     # ---------------------------------------------------------------------------------------------
@@ -334,21 +425,24 @@ class Instance:
         if self._engine.get_state(StateKind.PERMANENT) is None:
             self._refuse_unless_new_is_allowed()
             log.info("making a new TPM in %s", self._store.name)
-        if StateKind.PERMANENT in self._handed_in and StateKind.VOLATILE not in self._handed_in:
+        handed_in, session = self._blobs.handed_in, self._blobs.session
+        if StateKind.PERMANENT in handed_in and StateKind.VOLATILE not in handed_in:
             # What lies there belongs to the TPM that was here before.
             self._state.delete(StateKind.VOLATILE)
         try:
+            if session is not None and not self._client_sized:
+                self._engine.buffer_size(session.buffer_size)
             self._engine.start()
         except (EngineError, StateError):
             self._state.discard()
             raise
         finally:
-            self._handed_in.clear()
+            self._blobs.forget()
         try:
             if self._engine.was_manufactured:
                 # Whatever went before: without permission a new TPM does not reach the store.
                 self._refuse_unless_new_is_allowed()
-            self._store.use_engine(_stamp_of(self._engine))
+            self._store.use_engine(stamp_of(self._engine))
             if delete_volatile:
                 self._state.delete(StateKind.VOLATILE)
             self._state.commit()
@@ -358,17 +452,26 @@ class Instance:
             raise
         self._may_manufacture = False
         self._last_command = b""
-        self._registers.reset(established=self._engine.established())
-        self._powered = True
+        if session is not None:
+            self._adopt(session)
+        self._first_command = self._last_command if StateKind.VOLATILE in handed_in else None
+        self._registers.reset(established=self._is_established())
+        self._powered = self._ready = True
 
     def _power_off(self) -> None:
         if not self._powered:
             return
-        if self._options.auto_shutdown and self._last_command[6:10] != _SHUTDOWN:
+        if self._options.auto_shutdown and self._may_send_shutdown():
             self._send_shutdown()
-        self._powered = False
-        self._registers.reset(established=self._engine.established())
+        self._powered = self._ready = False
+        self._registers.reset(established=self._is_established())
         self._engine.stop()
+        self._blobs.forget()
+
+    def _may_send_shutdown(self) -> bool:
+        """Whether the TPM needs a TPM2_Shutdown, and is ours to change."""
+        untouched = self._options.incoming and self._last_command is self._first_command
+        return self._custody.held and not untouched and self._last_command[6:10] != _SHUTDOWN
 
     def _send_shutdown(self) -> None:
         for how in (StartupType.STATE, StartupType.CLEAR):
@@ -376,6 +479,29 @@ class Instance:
             if code in (ResponseCode.SUCCESS, ResponseCode.INITIALIZE):
                 return
             log.warning("TPM2_Shutdown(%s) was answered with 0x%x", how.name, code or 0)
+
+    def _go_on(self, retries: int | None = None) -> None:
+        """Hold the store's lock, which may have been given up for a migration. Raises StateError, StoreError."""
+        self._custody.go_on(retries)
+        self._ready = self._powered
+
+    def _session(self) -> Session:
+        """What a client has set up."""
+        last_command = int.from_bytes(self._last_command[6:10], "big")
+        size = self._engine.buffer_size().current
+        return Session(self._locality, size, self._is_established(), last_command)
+
+    def _adopt(self, session: Session) -> None:
+        """Be as the session says; the buffer size was set before."""
+        if self._engine.running and self._engine.established():
+            self._engine.reset_established(MAX_LOCALITY)
+        self._established_before = session.established
+        if self._locality_is_allowed(session.locality):
+            self._move_to(session.locality)
+        self._last_command = bytes(6) + session.last_command.to_bytes(4, "big")
+
+    def _is_established(self) -> bool:
+        return self._established_before or self._engine.established()
 
     def _hash(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
@@ -409,13 +535,3 @@ class Instance:
             return _BAD_LOCALITY
         self._move_to(locality)
         return success_response()
-
-
-def _stamp_of(engine: Engine) -> EngineStamp:
-    """Which engine this is; with the profile of its TPM where the library has profiles and the TPM is on."""
-    version = engine.version
-    if not (engine.supports_profiles and engine.running):
-        return EngineStamp(version.major, version.minor, version.micro)
-    profile = json.loads(engine.info(_INFO_ACTIVE_PROFILE)).get("ActiveProfile", {})
-    name, level = profile.get("Name", ""), profile.get("StateFormatLevel", 0)
-    return EngineStamp(version.major, version.minor, version.micro, name, level)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from crbd.crb.config import BUFFER_OFFSET, PAGE_SIZE, CrbConfig
 from crbd.crb.device import CrbDevice
 from crbd.crb.effects import Cancel, Effect
+from crbd.crb.snapshot import CrbSnapshot
 from crbd.crb.spec import Offset
 
 HASH_LOCALITY = 4
@@ -53,6 +54,19 @@ class Registers:
         """All localities' pages, 4 KiB each, as a guest would read them now."""
         with self.lock:
             return b"".join(self.device.read(number, 0, PAGE_SIZE) for number in range(self.localities))
+
+    def freeze(self) -> CrbSnapshot:
+        """The registers as a value."""
+        with self.lock:
+            return self.device.freeze()
+
+    def thaw(self, snapshot: CrbSnapshot) -> None:
+        """Go on with the device that was frozen; `device` is another one afterwards.
+
+        Raises StateDamagedError where no device of this configuration could have given it.
+        """
+        with self.lock:
+            self.device = CrbDevice.thaw(self.device.config, snapshot)
 
     def fail(self) -> None:
         """The command under way could not be carried out: tpmSts."""

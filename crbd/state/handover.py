@@ -1,0 +1,375 @@
+"""What a daemon passes to its successor so that no client notices the change: the handover. docs/handover.md.
+
+    magic, u16 version | body: sections | SHA-256 of all before it
+
+The body is the document's list of sections (crbd.state.sections), numbers little-endian:
+
+    handover     who left this
+        u32 process id, u64 nanoseconds of the monotonic clock, u8 length, writer (UTF-8, up to 64 bytes)
+    document     the frozen TPM, plain: a document (crbd.state.document)
+    instance     what the daemon knew beyond it
+        u8 flags: 1 powered on, 2 may still make a new TPM, 4 a client set the buffer size, 8 the TPM came by migration
+        and ran no command since
+        u8 the kinds of state handed in for the next INIT, a bit each: 1 permanent, 2 volatile, 4 savestate
+    incoming     a session (crbd.state.saved) that came with a volatile state handed in for the next INIT
+    changed.*    `permanent`, `volatile`, `savestate`: state that a failed commit has not made durable yet; empty where
+                 the state is to be deleted
+    held.*       the same names: what an ephemeral store holds
+    seal         the data key of a sealed store (32 bytes); absent where the store is plain
+    listener.*   a listening socket: u8 flags: 1 to be removed at the end; u64 device, u64 inode of its path
+    link.N       one client, N from 0
+        u8 role: 1 control, 2 data
+        u8 flags: 1 has its turn, 2 what was received may be padding, 4 is owed the answer to UPGRADE
+        u32 length, bytes received and not dealt with; u32 length, bytes not sent yet
+        u16 count of descriptors that came along: for each u32, how many of the received bytes had come with it
+        u16 count of requests not carried out: for each u8 kind
+            1: u8 whether a descriptor belongs to it, u32 length, the request as it came
+            2: u32 TPM_RESULT, u8 close, u16 length, reason (UTF-8)
+
+Descriptors go beside it, by name: `listener.*` and `link.N` themselves, `link.N.with.K` for what came along,
+`link.N.request.K` for requests', `store.*` for the store's. The handover lives in memory that only the two processes
+see, never in a file, and is not kept: so it holds keys in clear. A successor of another release reads what an older one
+wrote; a section that it does not know and must not skip, or a newer version of one, makes it refuse before anything is
+touched, and the predecessor goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Final
+
+from crbd.control.connection import ConnectionSnapshot, Event, Received, Rejected
+from crbd.control.messages import decode_request, encode_request
+from crbd.control.requests import SetDataFd
+from crbd.control.spec import BY_CODE, CODE_SIZE
+from crbd.errors import StateDamagedError, StateNewerError, WireError
+from crbd.state.fields import FieldReader, damaged
+from crbd.state.kinds import StateKind
+from crbd.state.saved import Session, decode_session, encode_session
+from crbd.state.sections import Section, Sections, decode_body, encode_body
+from crbd.tpm.results import TpmResult
+
+MAGIC: Final = b"\x8aCRBDlive"
+VERSION: Final = 1
+DIGEST_SIZE: Final = 32
+MAX_HANDOVER: Final = 256 << 20
+"""Bytes. A client may be in the middle of sending 64 MiB (HASH_DATA); no handover of real clients comes near."""
+NAME: Final = "the handover of the daemon before this one"
+
+_HEAD = Struct("<9sH")
+_WHO = Struct("<IQB")
+_LISTENER = Struct("<BQQ")
+_INSTANCE = Struct("<BB")
+_FLAGS = {1: "powered", 2: "may_manufacture", 4: "client_sized", 8: "untouched"}
+_OWNED = 1
+_TURN, _PADDING, _OWED = 1, 2, 4
+_REQUEST, _REJECTED = 1, 2
+CONTROL: Final = 1
+DATA: Final = 2
+_BIT = {kind: 1 << index for index, kind in enumerate(StateKind)}
+_KINDS = {kind.name.lower(): kind for kind in StateKind}
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceFacts:
+    """What an instance is beyond its document."""
+
+    powered: bool
+    may_manufacture: bool
+    client_sized: bool = False
+    """A client set the buffer size."""
+    untouched: bool = False
+    """The TPM came by migration and ran no command since."""
+    handed_in: frozenset[StateKind] = frozenset()
+    """What SET_STATEBLOB brought and no INIT has used."""
+    incoming: Session | None = None
+    """What came with a volatile state among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket; with `identity` (device, inode) the path that is to be removed when the daemon ends."""
+
+    identity: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ControlLink:
+    """A control client. Descriptors in the snapshot are numbers of this process."""
+
+    connection: ConnectionSnapshot
+    unsent: bytes = b""
+    has_turn: bool = False
+    owed: bool = False
+    """It asked for the upgrade, and waits for the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataLink:
+    """A data client."""
+
+    received: bytes = b""
+    unsent: bytes = b""
+
+
+Link = ControlLink | DataLink
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """The whole. `descriptors` maps names to numbers of the process that has it."""
+
+    pid: int
+    frozen_at: int
+    """Nanoseconds of the monotonic clock."""
+    writer: str
+    document: bytes
+    instance: InstanceFacts
+    changed: Mapping[StateKind, bytes | None] = field(default_factory=dict)
+    """What the store does not hold yet, because the last commit failed; None is to be deleted."""
+    held: Mapping[StateKind, bytes] = field(default_factory=dict)
+    """What an ephemeral store holds."""
+    data_key: bytes = field(default=b"", repr=False)
+    listeners: Mapping[str, Listener] = field(default_factory=dict)
+    """By channel: "ctrl", "data"."""
+    links: tuple[Link, ...] = ()
+    descriptors: Mapping[str, int] = field(default_factory=dict)
+
+
+# -- writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def encode(handover: Handover) -> bytes:
+    """The handover's bytes, without its descriptors."""
+    writer = handover.writer.encode("utf-8")
+    sections = [
+        Section("handover", 1, _WHO.pack(handover.pid, handover.frozen_at, len(writer)) + writer),
+        Section("document", 1, handover.document),
+        Section("instance", 1, _encode_instance(handover.instance)),
+    ]
+    if handover.instance.incoming is not None:
+        sections.append(Section("incoming", 1, encode_session(handover.instance.incoming)))
+    if handover.data_key:
+        sections.append(Section("seal", 1, handover.data_key))
+    sections += (Section(f"changed.{kind.name.lower()}", 1, data or b"") for kind, data in handover.changed.items())
+    sections += (Section(f"held.{kind.name.lower()}", 1, data) for kind, data in handover.held.items())
+    for name, listener in handover.listeners.items():
+        flags = 0 if listener.identity is None else _OWNED
+        sections.append(Section(f"listener.{name}", 1, _LISTENER.pack(flags, *(listener.identity or (0, 0)))))
+    for number, link in enumerate(handover.links):
+        sections.append(Section(f"link.{number}", 1, _encode_link(link)))
+    whole = _HEAD.pack(MAGIC, VERSION) + encode_body(tuple(sections))
+    return whole + hashlib.sha256(whole).digest()
+
+
+def descriptors_in(links: tuple[Link, ...]) -> dict[str, int]:
+    """The descriptors that came along with requests, by the names under which `decode` wants them back."""
+    named: dict[str, int] = {}
+    for number, link in enumerate(links):
+        if isinstance(link, ControlLink):
+            named |= {f"link.{number}.with.{index}": fd for index, (_, fd) in enumerate(link.connection.waiting)}
+            named |= {
+                f"link.{number}.request.{index}": event.request.fd
+                for index, event in enumerate(link.connection.events)
+                if isinstance(event, Received) and isinstance(event.request, SetDataFd)
+            }
+    return named
+
+
+def _encode_instance(facts: InstanceFacts) -> bytes:
+    flags = sum(bit for bit, name in _FLAGS.items() if getattr(facts, name))
+    return _INSTANCE.pack(flags, sum(_BIT[kind] for kind in facts.handed_in))
+
+
+def _encode_link(link: Link) -> bytes:
+    if isinstance(link, DataLink):
+        return bytes((DATA, 0)) + _counted(link.received) + _counted(link.unsent) + bytes(4)
+    connection = link.connection
+    flags = (_TURN if link.has_turn else 0) | (_PADDING if connection.may_be_padding else 0)
+    flags |= _OWED if link.owed else 0
+    parts = [bytes((CONTROL, flags)), _counted(connection.received), _counted(link.unsent)]
+    parts.append(len(connection.waiting).to_bytes(2, "little"))
+    parts += (position.to_bytes(4, "little") for position, _ in connection.waiting)
+    parts.append(len(connection.events).to_bytes(2, "little"))
+    parts += (_encode_event(event) for event in connection.events)
+    return b"".join(parts)
+
+
+def _encode_event(event: Event) -> bytes:
+    if isinstance(event, Received):
+        belongs = isinstance(event.request, SetDataFd)
+        return bytes((_REQUEST, belongs)) + _counted(encode_request(event.request))
+    reason = event.reason.encode("utf-8")
+    head = bytes((_REJECTED,)) + int(event.result).to_bytes(4, "little") + bytes((event.close,))
+    return head + len(reason).to_bytes(2, "little") + reason
+
+
+def _counted(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "little") + data
+
+
+# -- reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, descriptors: Mapping[str, int]) -> Handover:
+    """The other way; what wants a descriptor that is not among `descriptors` is refused.
+
+    Raises StateDamagedError, or StateNewerError for what only a later release understands.
+    """
+    known = _known(_sections(data))
+    for needed in ("handover", "document", "instance"):
+        if needed not in known:
+            raise damaged(NAME, f"section {needed}", "is missing")
+    reader = FieldReader(known["handover"], NAME, "section handover")
+    pid, frozen_at = reader.u32("pid"), reader.u64("frozen at")
+    writer = reader.text("writer", reader.u8("writer length"))
+    reader.end()
+    numbers = sorted(int(name[5:]) for name in known if name.startswith("link."))
+    if numbers != list(range(len(numbers))):
+        raise damaged(NAME, "sections link.*", "are not numbered one after the other")
+    return Handover(
+        pid=pid,
+        frozen_at=frozen_at,
+        writer=writer,
+        document=known["document"],
+        instance=_decode_instance(known["instance"], known.get("incoming")),
+        changed={kind: data or None for kind, data in _by_kind(known, "changed.")},
+        held=dict(_by_kind(known, "held.")),
+        data_key=known.get("seal", b""),
+        listeners={
+            name.partition(".")[2]: _decode_listener(body, name)
+            for name, body in known.items()
+            if name.startswith("listener.")
+        },
+        links=tuple(_decode_link(known[f"link.{number}"], f"link.{number}", descriptors) for number in numbers),
+        descriptors=descriptors,
+    )
+
+
+def _sections(data: bytes) -> Sections:
+    whole = len(data) - DIGEST_SIZE
+    if whole < _HEAD.size or len(data) > MAX_HANDOVER or not data.startswith(MAGIC):
+        raise damaged(NAME, "head", "is none")
+    if hashlib.sha256(memoryview(data)[:whole]).digest() != data[whole:]:
+        raise damaged(NAME, "whole", "is not what was written: its SHA-256 is another")
+    version = _HEAD.unpack_from(data)[1]
+    if version != VERSION:
+        raise StateNewerError(
+            f"{NAME} has format version {version}, this release reads {VERSION}", "install the newer release"
+        )
+    return decode_body(data[_HEAD.size : whole], NAME)
+
+
+def _known(sections: Sections) -> dict[str, bytes]:
+    known: dict[str, bytes] = {}
+    for section in sections:
+        family, _, rest = section.name.partition(".")
+        if section.version == 1 and _is_ours(family, rest):
+            known[section.name] = section.data
+        elif not section.may_skip:
+            raise StateNewerError(
+                f"{NAME} has a section {section.name} of version {section.version} that this release does not know",
+                "install the newer release",
+            )
+    return known
+
+
+def _is_ours(family: str, rest: str) -> bool:
+    match family:
+        case "handover" | "document" | "instance" | "incoming" | "seal":
+            return not rest
+        case "changed" | "held":
+            return rest in _KINDS
+        case "listener":
+            return rest in ("ctrl", "data")
+        case _:
+            return family == "link" and rest.isdecimal()
+
+
+def _by_kind(known: Mapping[str, bytes], prefix: str) -> tuple[tuple[StateKind, bytes], ...]:
+    return tuple((_KINDS[name[len(prefix) :]], data) for name, data in known.items() if name.startswith(prefix))
+
+
+def _decode_instance(body: bytes, incoming: bytes | None) -> InstanceFacts:
+    reader = FieldReader(body, NAME, "section instance")
+    flags = reader.u8("flags")
+    if flags & ~sum(_FLAGS):
+        raise reader.wrong("flags", f"are {flags:#x}")
+    bits = reader.u8("handed in")
+    if bits & ~sum(_BIT.values()):
+        raise reader.wrong("handed in", f"is {bits:#x}")
+    reader.end()
+    return InstanceFacts(
+        **{name: bool(flags & bit) for bit, name in _FLAGS.items()},
+        handed_in=frozenset(kind for kind, bit in _BIT.items() if bits & bit),
+        incoming=None if incoming is None else decode_session(incoming, NAME),
+    )
+
+
+def _decode_listener(body: bytes, name: str) -> Listener:
+    reader = FieldReader(body, NAME, f"section {name}")
+    flags, device, inode = reader.u8("flags"), reader.u64("device"), reader.u64("inode")
+    if flags & ~_OWNED:
+        raise reader.wrong("flags", f"are {flags:#x}")
+    reader.end()
+    return Listener((device, inode) if flags else None)
+
+
+def _decode_link(body: bytes, name: str, descriptors: Mapping[str, int]) -> Link:
+    reader = FieldReader(body, NAME, f"section {name}")
+    role, flags = reader.u8("role"), reader.u8("flags")
+    if role not in (CONTROL, DATA):
+        raise reader.wrong("role", f"is {role}")
+    if flags & ~(_TURN | _PADDING | _OWED):
+        raise reader.wrong("flags", f"are {flags:#x}")
+    received = reader.take("received", reader.u32("received length"))
+    unsent = reader.take("unsent", reader.u32("unsent length"))
+    positions = [reader.u32("position") for _ in range(reader.u16("descriptors"))]
+    waiting = tuple(
+        (position, _wanted(descriptors, f"{name}.with.{index}")) for index, position in enumerate(positions)
+    )
+    events = tuple(
+        _decode_event(reader, f"{name}.request.{index}", descriptors) for index in range(reader.u16("requests"))
+    )
+    reader.end()
+    if role == DATA:
+        return DataLink(received, unsent)
+    connection = ConnectionSnapshot(received, bool(flags & _PADDING), waiting, events)
+    return ControlLink(connection, unsent, bool(flags & _TURN), bool(flags & _OWED))
+
+
+def _decode_event(reader: FieldReader, name: str, descriptors: Mapping[str, int]) -> Event:
+    kind = reader.u8("kind of request")
+    if kind == _REJECTED:
+        result, close = reader.u32("result"), bool(reader.u8("close"))
+        reason = reader.text("reason", reader.u16("reason length"))
+        try:
+            return Rejected(TpmResult(result), close, reason)
+        except ValueError as error:
+            raise reader.wrong("result", f"is {result:#x}") from error
+    if kind != _REQUEST:
+        raise reader.wrong("kind of request", f"is {kind}")
+    belongs = reader.u8("descriptor belongs")
+    data = reader.take("request", reader.u32("request length"))
+    command = BY_CODE.get(int.from_bytes(data[:CODE_SIZE], "big"))
+    if command is None:
+        raise StateNewerError(f"{NAME} has a control request that this release does not know", "install the newer one")
+    if bool(belongs) != (command.request is SetDataFd):
+        raise reader.wrong("descriptor belongs", f"is {belongs} for {command.name}")
+    try:
+        request = decode_request(command, data[CODE_SIZE:], _wanted(descriptors, name) if belongs else -1)
+    except WireError as error:
+        raise reader.wrong("request", str(error)) from error
+    return Received(request)
+
+
+def _wanted(descriptors: Mapping[str, int], name: str) -> int:
+    try:
+        return descriptors[name]
+    except KeyError:
+        raise StateDamagedError(f"{NAME}: the descriptor {name} did not come along", "start anew") from None
