@@ -8,10 +8,12 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import trio
 
 from crbd.cli.keys import read_key, read_passphrase
+from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import UsageError
@@ -19,6 +21,7 @@ from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import parse_endpoint
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.keys import UserKey
+from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.document import NewTpm
 from crbd.store.layout import Layout, open_state
 from crbd.store.memory import MemoryStore
@@ -45,21 +48,33 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `crbd serve`."""
     where = parser.add_argument_group("state (one of these is needed)")
-    where.add_argument("--state", metavar="DIR", type=Path, help="directory that holds the TPM's state")
+    where.add_argument(
+        "--state", metavar="DIR", type=Path, help="directory that holds the TPM's state, or swtpm's linear file"
+    )
     where.add_argument("--ephemeral", action="store_true", help="a new TPM that is gone when crbd ends")
     where.add_argument(
         "--layout",
         choices=[layout.value for layout in Layout],
-        help="layout of a new DIR: crbd (default) or swtpm; what is there is opened as it is",
+        help="layout of new state: crbd (default), swtpm, or linear, which is one file; what is there is opened as it is",
     )
     parser.add_argument(
         "--key", metavar="SOURCE", help="seal the state with this key: file:PATH, fd:N, credential:NAME, exec:PROGRAM"
     )
     parser.add_argument("--passphrase", metavar="SOURCE", help="the same with a passphrase")
+    parser.add_argument(
+        "--swtpm-key",
+        metavar="KEY",
+        help="key of state in swtpm's layouts, as swtpm's --key has it: file=PATH[,mode=...], pwdfile=PATH, ...",
+    )
     parser.add_argument("--name", default="", help="what a new TPM is called, for people")
     parser.add_argument(
+        "--uuid", type=_uuid, help="the instance that DIR must hold, or that is made: another one's state is an error"
+    )
+    new = parser.add_mutually_exclusive_group()
+    new.add_argument(
         "--create", action="store_true", help="make a new TPM if DIR holds none; without it, no state is an error"
     )
+    new.add_argument("--require-existing", action="store_true", help="say so: no state is an error (the default)")
     sockets = parser.add_argument_group("sockets (at least one): unix:PATH[,mode=0660], tcp:HOST:PORT or fd:NUMBER")
     sockets.add_argument("--ctrl", metavar="ENDPOINT", help="control channel: what QEMU's -chardev socket connects to")
     sockets.add_argument("--data", metavar="ENDPOINT", help="data channel: TPM commands")
@@ -79,18 +94,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the end; returns 0. Raises OperatorError when the start fails."""
     logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="crbd: %(levelname)s: %(message)s")
-    options = _daemon_options(arguments)
+    swtpm_key = None if arguments.swtpm_key is None else read_swtpm_key(arguments.swtpm_key, "--swtpm-key")
+    options = _daemon_options(arguments, swtpm_key)
     if arguments.state is not None and arguments.ephemeral:
         raise UsageError("--state and --ephemeral exclude each other", "give one of them")
     if arguments.state is None and not arguments.ephemeral:
         raise UsageError("nothing says where the TPM's state is", "give --state DIR or --ephemeral")
+    if arguments.ephemeral:
+        _refuse_beside_ephemeral(arguments)
     make_engine = partial(_make_engine, library=arguments.libtpms)
-    store: Store = MemoryStore() if arguments.ephemeral else _open_state(arguments)
+    store: Store = MemoryStore() if arguments.ephemeral else _open_state(arguments, swtpm_key)
     trio.run(partial(serve, options, store, make_engine))
     return 0
 
 
-def _open_state(arguments: argparse.Namespace) -> Store:
+def _refuse_beside_ephemeral(arguments: argparse.Namespace) -> None:
+    """What speaks of state at rest. Raises UsageError."""
+    for option in ("key", "passphrase", "swtpm_key", "layout", "uuid", "require_existing"):
+        if getattr(arguments, option):
+            raise UsageError(
+                f"--{option.replace('_', '-')} is for state that is kept, and --ephemeral keeps none", "leave one out"
+            )
+
+
+def _uuid(text: str) -> UUID:
+    """argparse says what it was for where this raises ValueError."""
+    return UUID(text)
+
+
+def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> Store:
     keys: list[UserKey] = []
     if arguments.key is not None:
         keys.append(read_key(arguments.key))
@@ -101,21 +133,23 @@ def _open_state(arguments: argparse.Namespace) -> Store:
         create=arguments.create,
         layout=None if arguments.layout is None else Layout(arguments.layout),
         new=NewTpm(arguments.name, tuple(keys)),
+        swtpm_key=swtpm_key,
+        uuid=arguments.uuid,
     )
 
 
-def _daemon_options(arguments: argparse.Namespace) -> DaemonOptions:
+def _daemon_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> DaemonOptions:
     if arguments.ctrl is None and arguments.data is None:
         raise UsageError("there is no socket to serve", "give --ctrl, --data or both")
     return DaemonOptions(
         ctrl=None if arguments.ctrl is None else parse_endpoint(arguments.ctrl, "--ctrl"),
         data=None if arguments.data is None else parse_endpoint(arguments.data, "--data"),
-        instance=_instance_options(arguments),
+        instance=_instance_options(arguments, swtpm_key),
         pid_file=arguments.pid,
     )
 
 
-def _instance_options(arguments: argparse.Namespace) -> InstanceOptions:
+def _instance_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> InstanceOptions:
     flags = _settings(arguments.flags, "--flags", FLAGS)
     locality = _settings(arguments.locality, "--locality", LOCALITY_SETTINGS)
     startups = {name for name in flags if name.startswith("startup-")}
@@ -134,6 +168,7 @@ def _instance_options(arguments: argparse.Namespace) -> InstanceOptions:
         auto_shutdown="disable-auto-shutdown" not in flags,
         reject_locality_4="reject-locality-4" in locality,
         allow_set_locality="allow-set-locality" in locality,
+        file_key=swtpm_key,
     )
 
 

@@ -283,8 +283,10 @@ def test_buffer_size_and_info() -> None:
 
 def test_lock_storage_tries_again() -> None:
     bench = Bench()
+    bench.store.release()
     bench.store.lock_refusals = 3
     bench.instance.lock_storage(3)
+    bench.store.release()
     bench.store.lock_refusals = 3
     with pytest.raises(Exception, match="in use"):
         bench.instance.lock_storage(2)
