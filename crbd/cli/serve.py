@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--layout",
         choices=[layout.value for layout in Layout],
-        help="layout of new state: crbd (default), swtpm, or linear, which is one file; what is there is opened as it is",
+        help="layout of new state: crbd (default), swtpm, or linear (one file); what is there is opened as it is",
     )
     parser.add_argument(
         "--key", metavar="SOURCE", help="seal the state with this key: file:PATH, fd:N, credential:NAME, exec:PROGRAM"
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", default="", help="what a new TPM is called, for people")
     parser.add_argument(
-        "--uuid", type=_uuid, help="the instance that DIR must hold, or that is made: another one's state is an error"
+        "--uuid", type=UUID, help="the instance that DIR must hold, or that is made: another one's state is an error"
     )
     new = parser.add_mutually_exclusive_group()
     new.add_argument(
@@ -115,11 +115,6 @@ def _refuse_beside_ephemeral(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{option.replace('_', '-')} is for state that is kept, and --ephemeral keeps none", "leave one out"
             )
-
-
-def _uuid(text: str) -> UUID:
-    """argparse says what it was for where this raises ValueError."""
-    return UUID(text)
 
 
 def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> Store:
