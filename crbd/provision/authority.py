@@ -134,14 +134,14 @@ class LocalAuthority:
         self._issuer = issuer
 
     @property
-    def certificate(self) -> x509.Certificate:
-        """The issuer's."""
-        return self._issuer.certificate
+    def issuer(self) -> Issuer:
+        """Who signs."""
+        return self._issuer
 
     def chain(self) -> list[x509.Certificate]:
         """The issuer's certificate and those above it, as far as they are here. Raises AuthorityError."""
         above = self._files.root_certificate
-        return [self.certificate, *(load_certificates(above) if above.exists() else [])]
+        return [self._issuer.certificate, *(load_certificates(above) if above.exists() else [])]
 
     def ek_certificate(self, request: EkRequest) -> bytes:
         """DER of the endorsement key's certificate. Raises AuthorityError."""
