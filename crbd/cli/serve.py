@@ -42,6 +42,10 @@ LOCALITY_SETTINGS = {
     "reject-locality-4": "refuse locality 4 from clients",
     "allow-set-locality": "let the data channel change the locality by the vendor command 0x20001000",
 }
+MIGRATION_SETTINGS = {
+    "incoming": "state comes from another host: leave the state unlocked until it comes (shared storage)",
+    "release-lock-outgoing": "unlock the state once it was sent to another host (shared storage)",
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -81,6 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flags", metavar="LIST", default="", help="comma-separated: " + ", ".join(FLAGS))
     parser.add_argument(
         "--locality", metavar="LIST", default="", help="comma-separated: " + ", ".join(LOCALITY_SETTINGS)
+    )
+    parser.add_argument(
+        "--migration", metavar="LIST", default="", help="comma-separated: " + ", ".join(MIGRATION_SETTINGS)
+    )
+    parser.add_argument(
+        "--migration-key",
+        metavar="SPEC",
+        help="encrypt state sent to another host: pwdfile=PATH, file=PATH,mode=aes-256-cbc, or what else swtpm takes",
     )
     parser.add_argument("--pid", metavar="FILE", type=Path, help="write the process id there when clients are served")
     parser.add_argument(
@@ -123,12 +135,14 @@ def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> St
         keys.append(read_key(arguments.key))
     if arguments.passphrase is not None:
         keys.append(read_passphrase(arguments.passphrase))
+    incoming = "incoming" in _migration(arguments)
     return open_state(
         arguments.state,
-        create=arguments.create,
+        create=arguments.create or incoming,
         layout=None if arguments.layout is None else Layout(arguments.layout),
         new=NewTpm(arguments.name, tuple(keys)),
         swtpm_key=swtpm_key,
+        lock=not incoming,
         uuid=arguments.uuid,
     )
 
@@ -157,6 +171,9 @@ def _instance_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None)
         startup = Startup.STATE
     elif flags & {"not-need-init", "startup-none"}:
         startup = Startup.POWER_ON
+    migration, migration_key = _migration(arguments), arguments.migration_key
+    if "incoming" in migration and startup is not Startup.NEED_INIT:
+        raise UsageError("--migration incoming waits for INIT, --flags powers on at once", "give one of them")
     return InstanceOptions(
         startup=startup,
         may_manufacture=arguments.create or arguments.ephemeral,
@@ -164,7 +181,14 @@ def _instance_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None)
         reject_locality_4="reject-locality-4" in locality,
         allow_set_locality="allow-set-locality" in locality,
         file_key=swtpm_key,
+        migration_key=None if migration_key is None else read_swtpm_key(migration_key, "--migration-key"),
+        incoming="incoming" in migration,
+        release_lock_outgoing="release-lock-outgoing" in migration,
     )
+
+
+def _migration(arguments: argparse.Namespace) -> set[str]:
+    return _settings(arguments.migration, "--migration", MIGRATION_SETTINGS)
 
 
 def _settings(text: str, option: str, known: Mapping[str, str]) -> set[str]:
