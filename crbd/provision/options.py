@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Final
 
 from crbd.provision.signing import PlatformAttributes
+
+BANK_NAMES: Final = ("sha1", "sha256", "sha384", "sha512", "sm3-256", "sha3-256", "sha3-384", "sha3-512")
+"""PCR banks by the names that swtpm_setup has for them. Which of them a TPM has is for libtpms to say."""
 
 
 class KeyAlgorithm(Enum):
@@ -53,7 +57,7 @@ class ProvisionOptions:
     """EKs to make at their standard handles. RSA-2048 and P-256 after the low-range templates, L-1 and L-2 of the TCG
     EK Credential Profile, the others after the high-range ones."""
     high_range: bool = False
-    """Make RSA-2048 and P-256 EKs after the high-range templates too, H-1 and H-2, at the handles of those."""
+    """Make RSA-2048 and P-256 EKs after the high-range templates instead, H-1 and H-2, at the handles of those."""
     allow_signing: bool = False
     """EKs that may sign: no standard EKs; their templates are stored in NV."""
     decryption: bool = True

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from crbd.errors import ProvisionError
-from crbd.provision.options import KeyAlgorithm
+from crbd.provision.options import BANK_NAMES, KeyAlgorithm
 from crbd.provision.tcti import EngineTcti
 from crbd.provision.templates import Hierarchy, Scheme, Template
 
@@ -31,7 +31,7 @@ from tpm2_pytss import (
     TPM2_ALG,
     TPM2_CAP,
     TPM2_ECC,
-    TPM2_PT,
+    TPM2_PT_NV,
     TPM2_SU,
     TPM2B_NV_PUBLIC,
     TPM2B_PUBLIC,
@@ -52,17 +52,22 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-BANKS: Final = {
-    "sha1": TPM2_ALG.SHA1,
-    "sha256": TPM2_ALG.SHA256,
-    "sha384": TPM2_ALG.SHA384,
-    "sha512": TPM2_ALG.SHA512,
-    "sm3-256": TPM2_ALG.SM3_256,
-    "sha3-256": TPM2_ALG.SHA3_256,
-    "sha3-384": TPM2_ALG.SHA3_384,
-    "sha3-512": TPM2_ALG.SHA3_512,
-}
-"""PCR banks by their names, which are swtpm_setup's."""
+_BANKS: Final = dict(
+    zip(
+        BANK_NAMES,
+        (
+            TPM2_ALG.SHA1,
+            TPM2_ALG.SHA256,
+            TPM2_ALG.SHA384,
+            TPM2_ALG.SHA512,
+            TPM2_ALG.SM3_256,
+            TPM2_ALG.SHA3_256,
+            TPM2_ALG.SHA3_384,
+            TPM2_ALG.SHA3_512,
+        ),
+        strict=True,
+    )
+)
 CERTIFICATE_ATTRIBUTES: Final = (
     TPMA_NV.PPWRITE
     | TPMA_NV.PPREAD
@@ -83,10 +88,19 @@ _CURVES: Final = {
 _RSA_BITS: Final = {KeyAlgorithm.RSA_2048: 2048, KeyAlgorithm.RSA_3072: 3072, KeyAlgorithm.RSA_4096: 4096}
 _HIERARCHIES: Final = {Hierarchy.OWNER: ESYS_TR.OWNER, Hierarchy.ENDORSEMENT: ESYS_TR.ENDORSEMENT}
 _ALL_PCRS: Final = b"\xff\xff\xff"
+_NO_PCRS: Final = bytes(3)
 _MAX_LISTED: Final = 254
 """How many handles one TPM2_GetCapability is asked for."""
-_BAD_AUTH: Final = (0x08E, 0x0A2)
-"""TPM_RC_AUTH_FAIL and TPM_RC_BAD_AUTH (Part 2, 6.6.3), without session numbers."""
+_REMEDIES: Final = {
+    0x08E: "a hierarchy of this TPM has a password: clear the TPM (tpm2_clear), or make a new one",
+    0x0A2: "a hierarchy of this TPM has a password: clear the TPM (tpm2_clear), or make a new one",
+    0x084: "this libtpms, or the profile of this TPM, does not have it: choose another",
+    0x0A6: "this libtpms, or the profile of this TPM, does not have it: choose another",
+    0x095: "it is too large for this libtpms: have the signer leave something out",
+    0x14B: "the TPM has no room for more: make fewer",
+}
+"""By response codes without the numbers of parameters and sessions (Part 2, 6.6.3): TPM_RC_AUTH_FAIL, BAD_AUTH, VALUE,
+CURVE, SIZE, NV_SPACE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +249,7 @@ class Tpm:
         """The names of the PCR banks that the TPM has, and whether each is active."""
         with _refusals("show its PCR banks"):
             _, found = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 64)
-            names = {int(number): name for name, number in BANKS.items()}
+            names = {int(number): name for name, number in _BANKS.items()}
             return {
                 names.get(int(bank.hash), f"0x{int(bank.hash):04x}"): any(bytes(bank.pcrSelect))
                 for bank in found.data.assignedPCR
@@ -245,7 +259,10 @@ class Tpm:
         """TPM2_PCR_Allocate: all PCRs in these banks and none in the others, from the next start on."""
         with _refusals(f"activate the PCR banks {', '.join(sorted(active))}"):
             selections = [
-                TPMS_PCR_SELECTION(hash=BANKS[name], pcrs=range(24) if name in active else ()) for name in self.banks()
+                TPMS_PCR_SELECTION(
+                    hash=_BANKS[name], sizeofSelect=3, pcrSelect=_ALL_PCRS if name in active else _NO_PCRS
+                )
+                for name in self.banks()
             ]
             done, *_ = self._esapi.pcr_allocate(TPML_PCR_SELECTION(selections))
         if not done:
@@ -273,7 +290,7 @@ class Tpm:
     def _chunk_size(self) -> int:
         """Bytes that one NV command carries at most (TPM_PT_NV_BUFFER_MAX)."""
         if not self._chunk:
-            _, found = self._esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT.NV_BUFFER_MAX, 1)
+            _, found = self._esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT_NV.BUFFER_MAX, 1)
             self._chunk = int(found.data.tpmProperties[0].value)
         return self._chunk
 
@@ -339,7 +356,5 @@ def _refusals(wanted: str) -> Iterator[None]:
     try:
         yield
     except TSS2_Exception as error:
-        remedy = "see the response code in TPM 2.0 Part 2, 6.6"
-        if error.rc & 0x0BF in _BAD_AUTH:
-            remedy = "a hierarchy of this TPM has a password; clear the TPM first (tpm2_clear), or make a new one"
+        remedy = _REMEDIES.get(int(error.error), "see the response code in TPM 2.0 Part 2, 6.6")
         raise ProvisionError(f"the TPM would not {wanted}: {error} (0x{int(error.rc):x})", remedy) from error
