@@ -15,7 +15,7 @@ from crbd.compat.cert_options import KINDS
 from crbd.compat.ioctl_options import Arguments, Complaint, Operand
 from crbd.compat.localca_signer import open_localca
 from crbd.compat.setup_log import Log
-from crbd.errors import OperatorError
+from crbd.errors import OperatorError, UsageError
 
 FLAGS: Final = ("tpm2", "allow-signing", "decryption", "help")
 PASSED_ON: Final = (
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _certify(values: dict[str, str], flags: set[str], log: Log) -> None:
+    if "tpm2" not in flags:
+        raise UsageError("Certificates for a TPM 1.2 need SHA-1 signatures, which are not made any more. Use --tpm2.")
     signer = open_localca(values.get("configfile", ""), values.get("optsfile", ""), log)
     options = [word for name in PASSED_ON if name in values for word in (f"--{name}", values[name])]
     kind = values.get("type", "ek")

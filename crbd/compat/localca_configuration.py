@@ -82,6 +82,4 @@ def _read(path: Path, what: str) -> str:
         with path.open("rb") as file:
             return file.read(MAX_SIZE).decode(errors="surrogateescape")
     except OSError as error:
-        raise UsageError(
-            f"Need read rights on {what} {path} for user {user_name()}: {error.strerror.lower()}."
-        ) from error
+        raise UsageError(f"Need read rights on {what} {path} for user {user_name()}: {error.strerror}.") from error
