@@ -464,7 +464,8 @@ class Instance:
         if self._options.auto_shutdown and self._may_send_shutdown():
             self._send_shutdown()
         self._powered = self._ready = False
-        self._registers.reset(established=self._is_established())
+        self._established_before = self._is_established()
+        self._registers.reset(established=self._established_before)
         self._engine.stop()
         self._blobs.forget()
 
@@ -489,7 +490,8 @@ class Instance:
         """What a client has set up."""
         last_command = int.from_bytes(self._last_command[6:10], "big")
         size = self._engine.buffer_size().current
-        return Session(self._locality, size, self._is_established(), last_command)
+        established = self._is_established() if self._powered else self._established_before
+        return Session(self._locality, size, established, last_command)
 
     def _adopt(self, session: Session) -> None:
         """Be as the session says; the buffer size was set before."""
