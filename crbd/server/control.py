@@ -46,15 +46,22 @@ class ControlChannel:
     """The control side of one instance.
 
     `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken. `shut_down`
-    is called after SHUTDOWN has been answered.
+    is called after SHUTDOWN has been answered. `gone` is called when a client is gone that had the channel, or that
+    said nothing while nobody had it.
     """
 
     def __init__(
-        self, service: ControlService, attach: Callable[[int], Awaitable[bool]], shut_down: Callable[[], None]
+        self,
+        service: ControlService,
+        attach: Callable[[int], Awaitable[bool]],
+        shut_down: Callable[[], None],
+        *,
+        gone: Callable[[], None] | None = None,
     ) -> None:
         self._service = service
         self._attach = attach
         self._shut_down = shut_down
+        self._gone = gone
         self._turn = trio.Lock()
 
     async def serve_listener(self, listener: socket.socket) -> None:
@@ -81,7 +88,10 @@ class ControlChannel:
         except OSError as error:
             log.info("control connection broke: %s", error.strerror)
         finally:
+            counted = conversation.counts
             conversation.close()
+        if counted and self._gone is not None:
+            self._gone()
 
     async def _reply(self, request: m.Request) -> m.Reply:
         if isinstance(request, m.SetDataFd):
@@ -111,7 +121,13 @@ class _Conversation:
         self._connection = ControlConnection()
         self._turn = turn
         self._has_turn = False
+        self._spoke = False
         self._reply = reply
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is the channel's client, rather than one that waits or that asks for crbd's own alone."""
+        return self._has_turn or not (self._spoke or self._turn.locked())
 
     async def run(self) -> _End:
         """Read and answer. Raises OSError when the connection breaks."""
@@ -155,6 +171,7 @@ class _Conversation:
             read = await _send(self._connected, m.encode_reply(m.Failure(event.result)))
             return None if read and not event.close else _End.CLIENT
         request = event.request
+        self._spoke = True
         if not self._has_turn and not BY_REQUEST[type(request)].extension:
             await self._turn.acquire()
             self._has_turn = True

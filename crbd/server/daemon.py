@@ -35,12 +35,19 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True, slots=True)
 class DaemonOptions:
-    """Where the daemon is reached. At least one of the two is given."""
+    """Where the daemon is reached, and how long it lives. At least one of the two endpoints is given."""
 
     ctrl: Endpoint | None
     data: Endpoint | None
     instance: InstanceOptions
-    pid_file: Path | None = None
+    pid_file: Path | int | None = None
+    """A path, or the descriptor of an open file."""
+    disconnect: bool = False
+    """Close each data connection after its first answer."""
+    end_with_data_client: bool = False
+    """End when a data client is gone, whichever way it had come (swtpm's `--terminate`)."""
+    end_with_ctrl_client: bool = False
+    """End when the control client is gone (swtpm's `--ctrl …,terminate`)."""
 
 
 async def serve(
@@ -48,9 +55,12 @@ async def serve(
     store: Store,
     make_engine: Callable[[StatePort], Engine],
     *,
+    ready: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve one TPM until SHUTDOWN or a signal ends it. `store` is locked; it is closed at the end, whatever happens.
+
+    `ready` is called once, when clients are served: the sockets listen, the pid file is written.
 
     Raises OperatorError when the start fails.
     """
@@ -63,9 +73,11 @@ async def serve(
             with ended:
                 # Ends by itself only where every client was handed over connected and the last one is gone.
                 async with trio.open_nursery() as serving:
-                    _start_serving(serving, instance, ctrl, data)
+                    _start_serving(serving, options, instance, ctrl, data)
                     where = "".join(f" at {opened.endpoint}" for opened in (ctrl, data) if opened)
                     log.info("serving the TPM in %s%s", store.name, where)
+                    if ready is not None:
+                        ready()
                     task_status.started()
             # A second signal is no reason to leave the TPM without its shutdown.
             cleanup.close()
@@ -97,10 +109,26 @@ def _start(
 
 
 def _start_serving(
-    nursery: trio.Nursery, instance: Instance, ctrl: OpenEndpoint | None, data: OpenEndpoint | None
+    nursery: trio.Nursery,
+    options: DaemonOptions,
+    instance: Instance,
+    ctrl: OpenEndpoint | None,
+    data: OpenEndpoint | None,
 ) -> None:
-    data_channel = DataChannel(instance, instance.buffer_size(0).maximum, nursery)
-    control_channel = ControlChannel(ControlService(instance), data_channel.attach, nursery.cancel_scope.cancel)
+    end = nursery.cancel_scope.cancel
+    data_channel = DataChannel(
+        instance,
+        instance.buffer_size(0).maximum,
+        nursery,
+        once=options.disconnect,
+        gone=end if options.end_with_data_client else None,
+    )
+    control_channel = ControlChannel(
+        ControlService(instance),
+        data_channel.attach,
+        end,
+        gone=end if options.end_with_ctrl_client else None,
+    )
     if data is not None:
         if data.listening:
             nursery.start_soon(data_channel.serve_listener, data.socket)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import trio
 
@@ -21,11 +22,25 @@ HANDOVER_TIMEOUT = 5.0
 
 
 class DataChannel:
-    """The data side of one instance. `limit` is the largest command in bytes."""
+    """The data side of one instance. `limit` is the largest command in bytes.
 
-    def __init__(self, instance: Instance, limit: int, nursery: trio.Nursery) -> None:
+    `once` closes each connection after its first answer; `gone` is called whenever a client is gone, whichever way it
+    had come.
+    """
+
+    def __init__(
+        self,
+        instance: Instance,
+        limit: int,
+        nursery: trio.Nursery,
+        *,
+        once: bool = False,
+        gone: Callable[[], None] | None = None,
+    ) -> None:
         self._instance = instance
         self._limit = limit
+        self._once = once
+        self._gone = gone
         self._nursery = nursery
         self._pump: Pump | None = None
         self._free = trio.Condition()
@@ -72,16 +87,19 @@ class DataChannel:
         connected.setblocking(False)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Pump(connected, self._instance.execute, self._instance.cancel, self._limit)
+        return Pump(connected, self._instance.execute, self._instance.cancel, self._limit, once=self._once)
 
     async def _run(self, pump: Pump) -> None:
+        frozen = None
         try:
-            await pump.run()
+            frozen = await pump.run()
         finally:
             self._pump = None
             with trio.CancelScope(shield=True):
                 async with self._free:
                     self._free.notify_all()
+        if frozen is None and self._gone is not None:
+            self._gone()
 
 
 def _plain(accepted: trio.socket.SocketType) -> socket.socket:

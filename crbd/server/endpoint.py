@@ -1,15 +1,18 @@
 """Where a channel is reached: the text on the command line, and the socket it becomes.
 
     unix:PATH[,mode=0660]     a UNIX stream socket, made with that mode (0600 if none is given) and removed at exit
-    tcp:HOST:PORT             TCP; an IPv6 address stands in brackets: tcp:[::1]:2321
+    tcp:HOST:PORT             TCP; an IPv6 address stands in brackets: tcp:[::1]:2321, and a link-local one with its
+                              interface: tcp:[fe80::1%eth0]:2321
     fd:NUMBER                 a descriptor handed over by the parent: a listening socket, or one connected client
 
-A stale UNIX socket that nobody listens on is replaced; anything else at the path is left alone and refused.
+A stale UNIX socket that nobody listens on is replaced; anything else at the path is left alone and refused. swtpm
+replaces whatever lies there, and does not look first: `UnixEndpoint.replace`.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import socket
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crbd.errors import EndpointError, UsageError
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 16
 DEFAULT_MODE = 0o600
@@ -32,10 +37,16 @@ _TCP = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d+)")
 
 @dataclass(frozen=True, slots=True)
 class UnixEndpoint:
-    """A UNIX stream socket at `path`; `mode` are its permission bits."""
+    """A UNIX stream socket at `path`; `mode` are its permission bits, whatever the umask says."""
 
     path: Path
     mode: int = DEFAULT_MODE
+    uid: int | None = None
+    """Owner of the socket; None leaves it to the system. Another than one's own needs root."""
+    gid: int | None = None
+    replace: bool = False
+    """Remove what lies at the path, even a regular file or a socket in use: what callers of swtpm rely on. Nothing is
+    asked by connecting: that alone ends an swtpm that was started with `terminate`."""
 
     def __str__(self) -> str:
         return f"unix:{self.path}"
@@ -135,23 +146,43 @@ def opened(endpoint: Endpoint, option: str) -> Iterator[OpenEndpoint]:
 
 def _listen_unix(endpoint: UnixEndpoint, option: str) -> tuple[socket.socket, tuple[int, int]]:
     path = endpoint.path
-    _clear_stale(path, option)
+    if endpoint.replace:
+        _remove_whatever_is_there(path, option)
+    else:
+        _clear_stale(path, option)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # The mode has to be right from the first moment: a chmod afterwards leaves a window. No other thread runs yet.
     umask = os.umask(0o777 & ~endpoint.mode)
+    bound = False
     try:
         listener.bind(str(path))
+        bound = True
+        if endpoint.uid is not None or endpoint.gid is not None:
+            # Nobody can connect before it listens: there is no moment with the wrong owner.
+            os.chown(path, -1 if endpoint.uid is None else endpoint.uid, -1 if endpoint.gid is None else endpoint.gid)
         listener.listen(BACKLOG)
         listener.setblocking(False)
         status = path.lstat()
     except OSError as error:
         listener.close()
+        if bound:
+            path.unlink(missing_ok=True)
         raise EndpointError(
-            f"{option} {endpoint}: {error.strerror}", "name a path in a directory that this user may write"
+            f"{option} {endpoint}: {error.strerror}",
+            "name a path in a directory that this user may write, and an owner that it may give away to",
         ) from error
     finally:
         os.umask(umask)
     return listener, (status.st_dev, status.st_ino)
+
+
+def _remove_whatever_is_there(path: Path, option: str) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise EndpointError(
+            f"{option} unix:{path}: what lies there cannot be removed: {error.strerror}", "name another path"
+        ) from error
 
 
 def _clear_stale(path: Path, option: str) -> None:
@@ -183,6 +214,8 @@ def _remove(path: Path, identity: tuple[int, int]) -> None:
             path.unlink()
     except FileNotFoundError:
         return
+    except OSError as error:
+        log.warning("the socket %s stays behind: %s", path, error.strerror)
 
 
 def _listen_tcp(endpoint: TcpEndpoint, option: str) -> socket.socket:

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 
 from crbd.errors import PidFileError
 
+log = logging.getLogger(__name__)
+
+MODE = 0o644
+"""Permission bits of a new pid file, under umask (swtpm's)."""
+_REMEDY = "name a file that this user may write"
+_NO_NEW_FILE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
 
 class PidFile:
-    """As a context: what `write` wrote is removed at its end."""
+    """As a context: what `write` wrote is removed at its end.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._written = False
+    `target` is a path, or the number of a descriptor of a regular file that is open for writing; that is closed once
+    it is written, and the file it was is removed at the end where its name can be found (swtpm does both).
+    """
+
+    def __init__(self, target: Path | int) -> None:
+        self._target = target
+        self._written: Path | None = None
+        if isinstance(target, int):
+            try:
+                usable = stat.S_ISREG(os.fstat(target).st_mode)
+            except OSError:
+                usable = False
+            if not usable:
+                raise PidFileError(f"--pid: descriptor {target} is no regular file", "hand over one opened for writing")
 
     def write(self) -> None:
         """Write this process's id (mode 0644, under umask), whole or not at all. Raises PidFileError."""
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(descriptor, str(os.getpid()).encode())
-            finally:
-                os.close(descriptor)
-            temporary.replace(self._path)
+            if isinstance(self._target, int):
+                self._written = _name_of(self._target)
+                _write_and_close(self._target)
+            else:
+                _replace(self._target)
+                self._written = self._target
         except OSError as error:
-            remedy = "name a file in a directory that this user may write"
-            raise PidFileError(f"--pid {self._path}: {error.strerror}", remedy) from error
-        self._written = True
+            raise PidFileError(f"--pid {self._target}: {error.strerror}", _REMEDY) from error
 
     def __enter__(self) -> PidFile:
         return self
@@ -37,5 +55,38 @@ class PidFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._written:
-            self._path.unlink(missing_ok=True)
+        if self._written is None:
+            return
+        try:
+            self._written.unlink(missing_ok=True)
+        except OSError as problem:
+            log.warning("the pid file %s stays behind: %s", self._written, problem.strerror)
+
+
+def _replace(path: Path) -> None:
+    """Put a new file in the path's place; where this user may not make one there, write into the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+    except OSError as error:
+        if error.errno not in _NO_NEW_FILE:
+            raise
+        _write_and_close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC))
+        return
+    _write_and_close(descriptor)
+    temporary.replace(path)
+
+
+def _write_and_close(descriptor: int) -> None:
+    try:
+        os.write(descriptor, str(os.getpid()).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _name_of(descriptor: int) -> Path | None:
+    """The file's name; None without /proc, as in a chroot."""
+    try:
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+    except OSError:
+        return None

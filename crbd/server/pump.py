@@ -61,7 +61,8 @@ class Pump:
     """Serves TPM commands on `connected`, a connected stream socket that it owns from now on.
 
     `answer` runs a command (blocking, in the pump's thread); `cancel` asks it to give up. `limit` is the largest
-    command in bytes. `frozen` is where the pump before this one stopped.
+    command in bytes. `frozen` is where the pump before this one stopped. `once` closes the connection
+    after one answer (swtpm's `disconnect`).
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class Pump:
         cancel: Callable[[], None],
         limit: int,
         frozen: FrozenPump | None = None,
+        *,
+        once: bool = False,
     ) -> None:
+        self._once = once
         self._socket = connected
         self._answer = answer
         self._cancel = cancel
@@ -159,7 +163,7 @@ class Pump:
         # Every name that the way of a quick command touches is local, and a read that is just one command does not take
         # the road through the connection: each microsecond here is one of every TPM command.
         poll, receive, send = self._poller(wake).poll, self._socket.recv, self._socket.send
-        answer, limit = self._answer, self._limit
+        answer, limit, once = self._answer, self._limit, self._once
         connection = self._connection
         deadline = time.monotonic() + STALL_TIMEOUT if connection.partial else None
         while True:
@@ -185,6 +189,9 @@ class Pump:
                     sent = 0
                 if sent != len(response):
                     self._send(response[sent:], wake)
+                if once:
+                    self._say_no_more(wake)
+                    return
                 continue
             if not data:
                 return
@@ -216,11 +223,18 @@ class Pump:
                 return None
             else:
                 self._send(event.answer, wake)
+            if self._once:
+                self._say_no_more(wake)
+                return None
         return answered
 
     def _close(self, last: Malformed, wake: int) -> None:
         self._closing = True
         self._send(last.answer, wake)
+        self._linger(wake)
+
+    def _say_no_more(self, wake: int) -> None:
+        self._closing = True
         self._linger(wake)
 
     def _poller(self, wake: int) -> select.poll:
