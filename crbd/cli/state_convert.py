@@ -1,4 +1,4 @@
-"""`crbd state convert`: between crbd's layout and swtpm's, and from plain to sealed and back."""
+"""`crbd state convert`: between crbd's layout and swtpm's two, and from plain to sealed and back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from crbd.cli.state_options import (
     add_keys,
     add_library,
     add_new_keys,
+    add_swtpm_key,
     engine_maker,
     keys_of,
     new_keys_of,
+    swtpm_key_of,
 )
-from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.errors import StateSealedError, UsageError
 from crbd.service.judgement import judge
 from crbd.state.keys import UserKey
@@ -27,6 +28,7 @@ from crbd.store.conversion import (
     resealed,
     source_of,
     write_crbd,
+    write_linear,
     write_swtpm,
 )
 from crbd.store.layout import Layout
@@ -38,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_directory(parser)
     parser.add_argument("--to", choices=[layout.value for layout in Layout], required=True, help="the layout to write")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", metavar="DIR2", type=Path, help="where to: a directory that is absent or empty")
+    where.add_argument(
+        "--out", metavar="DIR2", type=Path, help="where to: a directory that is absent or empty; a new file for linear"
+    )
     where.add_argument(
         "--in-place", action="store_true", help="in DIR itself; the old files are kept as *.before-convert"
     )
@@ -46,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_keys(parser)
     add_new_keys(parser)
     parser.add_argument("--plain", action="store_true", help="write sealed state unencrypted")
-    parser.add_argument(
-        "--swtpm-key",
-        metavar="KEY",
-        help="key of the side in swtpm's layout, as swtpm's --key has it: file=PATH[,mode=…], pwdfile=PATH, …",
-    )
+    add_swtpm_key(parser)
     add_library(parser)
 
 
@@ -62,12 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         keys = stack.enter_context(keys_of(arguments))
         new_keys = stack.enter_context(new_keys_of(arguments))
-        swtpm_key = None if arguments.swtpm_key is None else read_swtpm_key(arguments.swtpm_key, "--swtpm-key")
-        if swtpm_key is not None:
-            stack.callback(swtpm_key.wipe)
+        swtpm_key = stack.enter_context(swtpm_key_of(arguments))
         if new_keys and arguments.plain:
             raise UsageError("--plain and a new key exclude each other", "give one of them")
-        source = stack.enter_context(source_of(directory, keys, None if to is Layout.SWTPM else swtpm_key))
+        source = stack.enter_context(source_of(directory, keys, swtpm_key))
+        if target is None and Layout.LINEAR in (source.layout, to):
+            raise UsageError("a linear file is not converted in place", "give --out")
         if to is Layout.CRBD:
             _to_crbd(arguments, source, new_keys, swtpm_key)
         else:
@@ -84,17 +84,15 @@ def _to_crbd(
         if arguments.key or arguments.passphrase:
             raise UsageError("--key opens crbd's layout, and this is swtpm's", "use --swtpm-key, or --new-key to seal")
         if swtpm_key is not None and not (new_keys or arguments.plain):
-            raise StateSealedError(
-                f"{source.directory} is encrypted", "give --new-key, or --plain if it is to be plain"
-            )
-        stamp = judge(source.states, engine_maker(arguments), str(source.directory))
-        write_crbd(source, target, encoded(document_of(source.states, stamp, arguments.name), new_keys))
+            raise StateSealedError(f"{source.path} is encrypted", "give --new-key, or --plain if it is to be plain")
+        stamp = judge(source.states, engine_maker(arguments), str(source.path))
+        write_crbd(source, target, encoded(document_of(source, stamp, arguments.name), new_keys))
         return
     if swtpm_key is not None or arguments.name:
         raise UsageError("--swtpm-key and --name are for swtpm's layout, and this is crbd's", "leave them out")
     if not new_keys and not (arguments.plain and source.seal is not None):
         raise UsageError(
-            f"{source.directory} is in the crbd layout already, {'plain' if source.seal is None else 'sealed'}",
+            f"{source.path} is in the crbd layout already, {'plain' if source.seal is None else 'sealed'}",
             "to seal it anew give --new-key, to unseal it --plain; to copy it: crbd state clone",
         )
     write_crbd(source, target, resealed(source.document, new_keys))
@@ -103,16 +101,25 @@ def _to_crbd(
 def _to_swtpm(
     arguments: argparse.Namespace, source: Source, new_keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None
 ) -> None:
-    if source.document is None:
-        raise UsageError(f"{source.directory} is in the swtpm layout already", "there is nothing to convert")
+    to = Layout(arguments.to)
+    if source.layout is to:
+        raise UsageError(f"{source.path} is in the {to.value} layout already", "there is nothing to convert")
     if new_keys or arguments.name:
         raise UsageError("--new-key and --name are for crbd's layout", "use --swtpm-key to encrypt swtpm's files")
-    if source.seal is not None and swtpm_key is None and not arguments.plain:
-        raise StateSealedError(
-            f"{source.directory} is encrypted", "give --swtpm-key, or --plain if swtpm's files are to be plain"
-        )
     if swtpm_key is not None and arguments.plain:
         raise UsageError("--plain and --swtpm-key exclude each other", "give one of them")
-    lost = left_behind(source.document)
-    write_swtpm(source, arguments.out, swtpm_key)
-    print(f"{source.directory}: swtpm's layout has no room for: {', '.join(lost)}")
+    if source.document is None and (arguments.key or arguments.passphrase or arguments.plain):
+        raise UsageError(
+            f"--key and --plain are for crbd's layout, and {source.path} is in swtpm's", "use --swtpm-key, or none"
+        )
+    if source.seal is not None and swtpm_key is None and not arguments.plain:
+        raise StateSealedError(
+            f"{source.path} is encrypted", "give --swtpm-key, or --plain if swtpm's files are to be plain"
+        )
+    lost = [] if source.document is None else left_behind(source.document)
+    if to is Layout.SWTPM:
+        write_swtpm(source, arguments.out, swtpm_key)
+    else:
+        write_linear(source, arguments.out, swtpm_key)
+    if lost:
+        print(f"{source.path}: swtpm's layouts have no room for: {', '.join(lost)}")

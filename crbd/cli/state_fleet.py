@@ -17,7 +17,7 @@ from crbd.store.files import sync_directory
 from crbd.store.inspection import report_swtpm
 from crbd.store.layout import Layout
 from crbd.store.lockfile import LockFile
-from crbd.store.offline import OfflineState, kept_files, layout_of
+from crbd.store.offline import OfflineState, kept_files, layout_of, require_directory
 from crbd.store.transfer import upgrade
 
 
@@ -76,8 +76,10 @@ _KINDS = {
 def _upgraded(directory: Path, keys: tuple[UserKey, ...]) -> Result:
     shown = str(directory)
     try:
-        if layout_of(directory) is Layout.SWTPM:
-            return Result(shown, "swtpm", detail="in swtpm's layout, nothing to upgrade")
+        layout = layout_of(directory)
+        if layout is not Layout.CRBD:
+            which = "layout" if layout is Layout.SWTPM else "linear file"
+            return Result(shown, "swtpm", detail=f"in swtpm's {which}, nothing to upgrade")
         with OfflineState(directory, writable=True) as state:
             old = upgrade(state, keys)
     except OperatorError as error:
@@ -102,6 +104,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
     Only where the state itself is whole: else what was kept may be all that is left. Raises a StateError.
     """
     directory: Path = arguments.directory
+    require_directory(directory)
     if layout_of(directory) is Layout.CRBD:
         with OfflineState(directory) as state:
             verify(state.current().payload, state.name)

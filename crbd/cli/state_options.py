@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from crbd.cli.keys import read_key, read_passphrase
+from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.service.judgement import MakeEngine
 from crbd.state.keys import UserKey
+from crbd.state.swtpm_sealing import SwtpmKey
 
 _FORMS = "file:PATH, fd:N, credential:NAME or exec:PROGRAM"
 
@@ -32,6 +34,28 @@ def add_new_keys(parser: argparse.ArgumentParser) -> None:
     """`--new-key` and `--new-passphrase`: they will open what is written."""
     parser.add_argument("--new-key", metavar="SOURCE", help=f"key that is to open what is written: {_FORMS}")
     parser.add_argument("--new-passphrase", metavar="SOURCE", help="passphrase that is to open what is written")
+
+
+def add_swtpm_key(parser: argparse.ArgumentParser) -> None:
+    """`--swtpm-key`, as `crbd serve` has it."""
+    parser.add_argument(
+        "--swtpm-key",
+        metavar="KEY",
+        help="key of state in swtpm's layouts, as swtpm's --key has it: file=PATH[,mode=...], pwdfile=PATH, ...",
+    )
+
+
+@contextmanager
+def swtpm_key_of(arguments: argparse.Namespace) -> Iterator[SwtpmKey | None]:
+    """The key that `add_swtpm_key` declared, wiped at the end. Raises UsageError."""
+    if arguments.swtpm_key is None:
+        yield None
+        return
+    key = read_swtpm_key(arguments.swtpm_key, "--swtpm-key")
+    try:
+        yield key
+    finally:
+        key.wipe()
 
 
 def add_library(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,9 @@ leaves a directory that is refused by everybody (`found_in`), in which the kept 
 
     tpm.crbd                  tpm.crbd.before-convert
     tpm2-00.permall           swtpm.permall.before-convert (under its old first name it would count as state)
+    crbd.registers            crbd.registers.before-convert
+
+swtpm's linear file is a source, or a new file; it is not converted in place.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from crbd.errors import StateDamagedError, StateDowngradeError, StateError
+from crbd.errors import StateAccessError, StateDamagedError, StateDowngradeError, StateError, StoreError
 from crbd.state.document import Document, check_complete
 from crbd.state.header import WRITER_ID_SIZE
 from crbd.state.keys import UserKey
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp, Identity, TpmState
 from crbd.state.sealing import Seal
-from crbd.state.swtpm import decode_file, encode_file
+from crbd.state.side import SideState
 from crbd.state.swtpm_sealing import SwtpmKey
-from crbd.store.directory import open_directory
+from crbd.store.directory import BACKUP, DirectoryStore, open_directory
 from crbd.store.document import FILE_NAME, WRITER
 from crbd.store.files import sync_directory
 from crbd.store.layout import Layout
+from crbd.store.linear import SIDE_SUFFIX, open_linear
 from crbd.store.offline import (
     BEFORE_CONVERT,
     CONVERTING,
@@ -40,11 +44,12 @@ from crbd.store.offline import (
     create_slots,
     create_state,
     layout_of,
-    read_file,
     unwritable,
     vacant,
-    write_file,
 )
+from crbd.store.options import FileOptions
+from crbd.store.port import Store
+from crbd.store.side import NAME as REGISTERS
 from crbd.store.transfer import encoded, opened, rewritten
 
 States = Mapping[StateKind, bytes]
@@ -52,37 +57,52 @@ States = Mapping[StateKind, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is to be converted; its directory is locked for as long as this is in use."""
+    """What is to be converted; it is locked for as long as this is in use."""
 
-    directory: Path
+    path: Path
+    layout: Layout
     states: States
+    side: SideState | None
+    """Registers and session that belong to the volatile state."""
     files: tuple[Path, ...]
     """Of its layout."""
     document: Document | None
-    """None in swtpm's layout."""
+    """None in swtpm's layouts."""
     seal: Seal | None
-
-    @property
-    def layout(self) -> Layout:
-        """Of the directory."""
-        return Layout.SWTPM if self.document is None else Layout.CRBD
 
 
 @contextmanager
-def source_of(directory: Path, keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None) -> Iterator[Source]:
-    """Lock and read a state directory. Each layout has its own kind of key. Raises a StateError."""
-    if layout_of(directory) is Layout.SWTPM:
-        store = open_directory(directory, create=False)
+def source_of(path: Path, keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None) -> Iterator[Source]:
+    """Lock and read a state directory or linear file. Each layout has its own kind of key. Raises a StateError."""
+    layout = layout_of(path)
+    if layout is not Layout.CRBD:
+        open_store = open_directory if layout is Layout.SWTPM else open_linear
+        store = open_store(path, create=False, key=swtpm_key)
         try:
-            files = tuple(path for kind in StateKind if (path := swtpm_file(directory, kind)).exists())
-            yield Source(directory, read_swtpm(directory, swtpm_key), files, None, None)
+            files = tuple(file for file in _swtpm_files(path) if file.exists())
+            yield Source(path, layout, loaded(store), store.load_side(), files, None, None)
         finally:
             store.close()
         return
-    with OfflineState(directory) as state, opened(state.current().payload, keys, state.name) as (document, seal):
+    with OfflineState(path) as state, opened(state.current().payload, keys, state.name) as (document, seal):
         check_complete(document, state.name)
         states = {kind: found.data for kind in StateKind if (found := document.state(kind)) is not None}
-        yield Source(directory, states, (directory / FILE_NAME,), document, seal)
+        side = None
+        if document.volatile is not None and (document.crb is not None or document.session is not None):
+            side = SideState(document.crb, document.session)
+        yield Source(path, layout, states, side, (path / FILE_NAME,), document, seal)
+
+
+def _swtpm_files(directory: Path) -> list[Path]:
+    """What of swtpm's layout and ours beside it may lie in a directory. A backup is a state of an earlier time."""
+    states = [swtpm_file(directory, kind) for kind in StateKind]
+    return [*states, directory / f"{states[0].name}{BACKUP}", directory / REGISTERS]
+
+
+def loaded(store: Store) -> States:
+    """The engine's states in a store. Raises a StateError."""
+    found = {kind: store.load(kind) for kind in StateKind}
+    return {kind: data for kind, data in found.items() if data is not None}
 
 
 def swtpm_file(directory: Path, kind: StateKind) -> Path:
@@ -90,22 +110,17 @@ def swtpm_file(directory: Path, kind: StateKind) -> Path:
     return directory / f"tpm2-00.{kind.nvram_name}"
 
 
-def read_swtpm(directory: Path, key: SwtpmKey | None) -> dict[StateKind, bytes]:
-    """The engine's states in swtpm's files. Raises a StateError."""
-    found = {kind: swtpm_file(directory, kind) for kind in StateKind}
-    return {kind: decode_file(read_file(path), str(path), key) for kind, path in found.items() if path.exists()}
-
-
 # -- the forms
 
 
-def document_of(states: States, engine: EngineStamp, name: str) -> Document:
+def document_of(source: Source, engine: EngineStamp, name: str) -> Document:
     """The first document of a TPM that came from swtpm, with a UUID of its own.
 
     swtpm's files do not say which engine wrote them: `engine` is one that has accepted them.
     """
     now = int(time.time())
-    stamped = {kind: TpmState(data, engine) for kind, data in states.items()}
+    stamped = {kind: TpmState(data, engine) for kind, data in source.states.items()}
+    side = source.side or SideState()
     return Document(
         identity=Identity(uuid.uuid4(), name, 1, WRITER, now),
         writer_id=os.urandom(WRITER_ID_SIZE),
@@ -113,6 +128,8 @@ def document_of(states: States, engine: EngineStamp, name: str) -> Document:
         permanent=stamped[StateKind.PERMANENT],
         volatile=stamped.get(StateKind.VOLATILE),
         savestate=stamped.get(StateKind.SAVESTATE),
+        crb=side.crb,
+        session=side.session,
     )
 
 
@@ -122,15 +139,18 @@ def resealed(document: Document, new_keys: tuple[UserKey, ...]) -> bytes:
 
 
 def left_behind(document: Document) -> list[str]:
-    """What of a document has no place in swtpm's layout. Raises StateDowngradeError for a command under way."""
+    """What of a document has no place in swtpm's layouts, nor in our file beside them.
+
+    Raises StateDowngradeError for a command under way: swtpm would lose it.
+    """
     if document.crb is not None and document.crb.transfer is not None:
         raise StateDowngradeError(
-            "a command or a response is under way in the registers, and swtpm's layout has no room for it",
+            "a command or a response is under way in the registers, which swtpm does not read",
             "let the guest finish it and go idle",
         )
     parts = {
-        "registers": document.crb is not None,
-        "session": document.session is not None,
+        "registers": document.crb is not None and document.volatile is None,
+        "session": document.session is not None and document.volatile is None,
         "fingerprint of the endorsement key": bool(document.identity.ek_fingerprint),
     }
     parts |= {f"section {section.name}": True for section in document.unknown}
@@ -145,7 +165,7 @@ def write_crbd(source: Source, target: Path | None, payload: bytes) -> None:
     if target is not None:
         create_state(target, payload)
     elif source.layout is Layout.SWTPM:
-        file = source.directory / FILE_NAME
+        file = source.path / FILE_NAME
         _take_the_place(source, [file], lambda: create_slots(file, payload))
     else:
         _replace_document(source, payload)
@@ -155,17 +175,49 @@ def write_swtpm(source: Source, target: Path | None, key: SwtpmKey | None) -> No
     """Put the source's states into swtpm's files in the directory `target`, or in place. Raises a StateError."""
     if target is not None:
         with vacant(target):
-            _write_files(target, source.states, key)
+            _write_files(target, source, key)
         return
-    files = [swtpm_file(source.directory, kind) for kind in source.states]
-    _take_the_place(source, files, lambda: _write_files(source.directory, source.states, key))
+    _take_the_place(source, _swtpm_files(source.path), lambda: _write_files(source.path, source, key))
 
 
-def _write_files(directory: Path, states: States, key: SwtpmKey | None) -> None:
-    for kind, data in states.items():
-        write_file(swtpm_file(directory, kind), encode_file(data, key))
-    if read_swtpm(directory, key) != states:
-        raise StateDamagedError(f"{directory} does not read back as it was written", "see to the disk it is on")
+def write_linear(source: Source, target: Path, key: SwtpmKey | None) -> None:
+    """Put the source's states into swtpm's linear file `target`, which is not there yet. Raises a StateError."""
+    if os.path.lexists(target):
+        raise StateError(f"{target} exists", "name a file that does not")
+    try:
+        store = open_linear(target, create=True, key=key)
+        try:
+            store.commit(source.states, source.side)
+            _see_that_it_reads_back(store, source)
+        finally:
+            store.close()
+    except BaseException as error:
+        _remove([target, target.with_name(target.name + SIDE_SUFFIX)])
+        if isinstance(error, StoreError):
+            raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+        raise
+
+
+def _write_files(directory: Path, source: Source, key: SwtpmKey | None) -> None:
+    """The caller holds the lock."""
+    store = DirectoryStore(directory, create=False, key=key, options=FileOptions(locking=False))
+    store.lock()
+    try:
+        store.commit(source.states, source.side)
+        _see_that_it_reads_back(store, source)
+    except StoreError as error:
+        raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+    finally:
+        store.close()
+
+
+def _see_that_it_reads_back(store: Store, source: Source) -> None:
+    try:
+        same = loaded(store) == source.states and store.load_side() == source.side
+    except StateError:
+        same = False
+    if not same:
+        raise StateDamagedError(f"{store.name} does not read back as it was written", "see to the disk it is on")
 
 
 def _take_the_place(source: Source, new: Iterable[Path], write: Callable[[], None]) -> None:
@@ -174,7 +226,7 @@ def _take_the_place(source: Source, new: Iterable[Path], write: Callable[[], Non
     Raises a StateError; everything is as it was then.
     """
     kept = _kept_names(source)
-    with _all_or_nothing(source.directory, kept, new):
+    with _all_or_nothing(source.path, kept, new):
         write()
         for path in kept:
             path.unlink()
@@ -185,10 +237,10 @@ def _replace_document(source: Source, payload: bytes) -> None:
 
     Raises as `_take_the_place`.
     """
-    file = source.directory / FILE_NAME
+    file = source.path / FILE_NAME
     making = file.with_name(CONVERTING)
     _remove([making])
-    with _all_or_nothing(source.directory, _kept_names(source), [making]):
+    with _all_or_nothing(source.path, _kept_names(source), [making]):
         create_slots(making, payload)
         making.replace(file)
 
@@ -226,6 +278,8 @@ def _kept_names(source: Source) -> dict[Path, Path]:
 
 
 def _remove(paths: Iterable[Path]) -> None:
+    """And what a write that failed half-way left of them."""
     for path in paths:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        for each in (path, path.with_name(f".{path.name}.new")):
+            with contextlib.suppress(OSError):
+                each.unlink()

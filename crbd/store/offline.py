@@ -32,6 +32,7 @@ from crbd.store.files import make_directory, sync_directory, write_durably
 from crbd.store.layout import Layout, found_in
 from crbd.store.linear import MAGIC as LINEAR_MAGIC
 from crbd.store.lockfile import LockFile
+from crbd.store.side import NAME as REGISTERS
 from crbd.store.slots import Loaded, SlotFile
 
 BEFORE_CONVERT = ".before-convert"
@@ -113,6 +114,12 @@ def require_layout(directory: Path, layout: Layout) -> None:
             f"{directory} holds state in the {there.value} layout, and this works on the {layout.value} layout only",
             f"convert it first: crbd state convert --to {layout.value}",
         )
+
+
+def require_directory(path: Path) -> None:
+    """Raises StateForeignError for a linear file: nothing is ever kept beside one. StateAbsentError, too."""
+    if layout_of(path) is Layout.LINEAR:
+        raise StateForeignError(f"{path} is a linear file", "name a directory")
 
 
 def layout_of(directory: Path) -> Layout:
@@ -285,6 +292,6 @@ def _clear(directory: Path) -> None:
     """Remove every file of state from a directory that held none when it was locked."""
     with contextlib.suppress(OSError):
         for path in directory.iterdir():
-            if path.name.lstrip(".").startswith((FILE_NAME, "tpm2-00.")):
+            if path.name.lstrip(".").startswith((FILE_NAME, "tpm2-00.", REGISTERS)):
                 path.unlink()
         sync_directory(directory)

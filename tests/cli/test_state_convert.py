@@ -25,7 +25,7 @@ TPM = blobs(decode(golden(1)))
 BUSY_TPM = blobs(decode(golden(3)))
 """With a command under way in its registers."""
 SWTPM_KEY = bytes(range(100, 132))
-SWTPM_FILES = ["tpm2-00.permall", "tpm2-00.volatilestate"]
+SWTPM_FILES = ["crbd.registers", "tpm2-00.permall", "tpm2-00.volatilestate"]
 
 
 def swtpm_states(directory: Path, key: SwtpmKey | None = None) -> dict[StateKind, bytes]:
@@ -46,13 +46,14 @@ def test_there_and_back_again(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", golden(1))
     before = contents(made)
     said = state("convert", made, "--to", "swtpm", "--out", tmp_path / "swtpm")
-    assert f"no room for: UUID {s.UUID_A}, registers, session, fingerprint" in said
+    assert f"no room for: UUID {s.UUID_A}, fingerprint" in said
     assert swtpm_states(tmp_path / "swtpm") == TPM
     assert sorted(contents(tmp_path / "swtpm")) == SWTPM_FILES
     assert all((tmp_path / "swtpm" / name).stat().st_mode & 0o777 == 0o600 for name in SWTPM_FILES)
     state("convert", tmp_path / "swtpm", "--to", "crbd", "--out", tmp_path / "back", "--name", "vm7")
     back = document(tmp_path / "back")
     assert blobs(back) == TPM
+    assert (back.crb, back.session) == (document(made).crb, document(made).session)
     assert (back.identity.name, back.identity.generation) == ("vm7", 1)
     assert back.identity.uuid != s.UUID_A
     assert contents(made) == before
@@ -106,7 +107,7 @@ def test_crbd_to_swtpm_in_place(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", golden(1))
     before = contents(made)
     state("convert", made, "--to", "swtpm", "--in-place")
-    assert sorted(contents(made)) == ["tpm.crbd.before-convert", *SWTPM_FILES]
+    assert sorted(contents(made)) == sorted(["tpm.crbd.before-convert", *SWTPM_FILES])
     assert contents(made)["tpm.crbd.before-convert"] == before[FILE_NAME]
     assert swtpm_states(made) == TPM
     assert found_in(made) is Layout.SWTPM
@@ -209,6 +210,10 @@ def test_a_disk_that_does_not_keep_what_is_written(tmp_path: Path, monkeypatch: 
             return pwrite(descriptor, data, offset)
         return pwrite(descriptor, data[:700] + bytes((data[700] ^ 1,)) + data[701:], offset)
 
+    def lossy_pwritev(descriptor: int, pieces: list[bytes], offset: int) -> int:
+        return lossy_pwrite(descriptor, b"".join(pieces), offset)
+
+    monkeypatch.setattr(os, "pwritev", lossy_pwritev)
     monkeypatch.setattr(os, "write", lossy_write)
     monkeypatch.setattr(os, "pwrite", lossy_pwrite)
     key = ["--new-key", key_file(tmp_path)]
