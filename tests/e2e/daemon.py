@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -67,8 +67,8 @@ class TpmDaemon:
         return self.log.read_text(errors="replace")[-1000:]
 
 
-def _command(state: Path, control: Path, data: Path | None, create: bool) -> list[str]:
-    if DaemonKind.chosen() is DaemonKind.SWTPM:
+def _command(kind: DaemonKind, state: Path, control: Path, data: Path | None, create: bool) -> list[str]:
+    if kind is DaemonKind.SWTPM:
         # swtpm cannot be told not to make a new TPM, so `create` has no counterpart.
         command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={control}"]
         if data is not None:
@@ -104,18 +104,27 @@ def _await_listening(daemon: TpmDaemon, path: Path) -> None:
 
 
 @contextmanager
-def tpm_daemon(directory: Path, *, create: bool = True, tools: bool = False) -> Iterator[TpmDaemon]:
+def tpm_daemon(
+    directory: Path,
+    *,
+    create: bool = True,
+    tools: bool = False,
+    kind: DaemonKind | None = None,
+    state: Path | None = None,
+    options: Sequence[str] = (),
+) -> Iterator[TpmDaemon]:
     """A daemon whose state and sockets live in `directory`, in foreground, killed at the end if it still runs.
 
     For QEMU it has a control socket alone, `DIRECTORY/tpm.ctrl`. With `tools` it is powered on and also has the data
     socket `DIRECTORY/tpm`: that pair of names is what libtss2-tcti-swtpm derives from `path=DIRECTORY/tpm`. Without
-    `create` the state must exist already.
+    `create` the state must exist already. `kind`: another one than the chosen; `state`: another directory for it;
+    `options` come last on the command line.
     """
-    state = directory / "state"
+    state = state or directory / "state"
     state.mkdir(exist_ok=True)
     control = directory / "tpm.ctrl"
     data = directory / "tpm" if tools else None
-    command = dies_with_us(_command(state, control, data, create))
+    command = dies_with_us([*_command(kind or DaemonKind.chosen(), state, control, data, create), *options])
     log = directory / "daemon.log"
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -105,6 +105,15 @@ class Guest:
         self.monitor.await_event("RESET")
         self.await_shell()
 
+    def kill(self) -> None:
+        """Kill QEMU."""
+        self._process.kill()
+        self._process.wait()
+
+    def wait_ended(self, seconds: float = 20) -> int:
+        """QEMU's exit status, once it ends by itself."""
+        return self._process.wait(timeout=seconds)
+
     def power_off(self) -> None:
         """Have the guest switch itself off, and wait for QEMU's end."""
         self.console.send("poweroff -f\n")
@@ -140,11 +149,19 @@ def _command(image: GuestImage, tpm: Path, device: TpmDevice, console_fd: int, m
 
 @contextmanager
 def guest(
-    image: GuestImage, directory: Path, tpm: Path, device: TpmDevice, firmware: Firmware = Firmware.SEABIOS
+    image: GuestImage,
+    directory: Path,
+    tpm: Path,
+    device: TpmDevice,
+    firmware: Firmware = Firmware.SEABIOS,
+    *,
+    options: Sequence[str] = (),
+    booted: bool = True,
 ) -> Iterator[Guest]:
     """A booted guest whose TPM is the daemon with the control socket `tpm`; QEMU is killed at the end if it still runs.
 
     `directory` keeps QEMU's own words (`qemu.log`) and OVMF's variables; a second guest in it finds the latter again.
+    `options` come last on QEMU's command line. Without `booted` only QEMU's monitor is waited for.
     """
     log = directory / "qemu.log"
     with ExitStack() as stack:
@@ -155,6 +172,7 @@ def guest(
         command = _command(image, tpm, device, *fds)
         if firmware is Firmware.OVMF:
             command += _ovmf_options(directory)
+        command += options
         with log.open("ab") as out:
             process = subprocess.Popen(
                 dies_with_us(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, pass_fds=fds
@@ -166,7 +184,8 @@ def guest(
         running = Guest(process, Console(ours[0]), Monitor(ours[1]), firmware)
         try:
             running.monitor.greet()
-            running.await_shell()
+            if booted:
+                running.await_shell()
         except GuestGoneError as error:
             raise GuestGoneError(f"{error}\nQEMU said: {log.read_text(errors='replace')[-2000:]}") from error
         yield running

@@ -1,0 +1,158 @@
+"""QEMU moves a guest with its TPM: live, into a file and back, to a snapshot and back, and in vain.
+
+Each with a directory of state for either side, and on one directory whose lock is handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .daemon import fresh_directory
+from .moving import Chain, Place, Side, await_migration, enable, move, throttle
+from .qemu import Guest, GuestImage, TpmDevice
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+_RAW = "export TPM2TOOLS_TCTI=device:/dev/tpm0\n"
+_PREPARE = """
+tpm2_createprimary -Q -C o -G ecc -c /tmp/p.ctx
+tpm2_startauthsession -S /tmp/s.ctx --policy-session
+tpm2_nvdefine -Q -C o -s 9 -a 'ownerread|ownerwrite' 0x1500042
+printf 'old value' >/tmp/in; tpm2_nvwrite -Q -C o -i /tmp/in 0x1500042
+"""
+_KEPT = """
+tpm2_getcap handles-transient
+tpm2_getcap handles-loaded-session
+tpm2_nvread -C o 0x1500042
+"""
+_USE_SESSION = "tpm2_policypcr -Q -S /tmp/s.ctx -l sha256:7\n"
+_SLOW = 4 << 20
+"""Bytes a second: the guest's memory takes tens of seconds then."""
+
+
+def _run(guest: Guest, lines: str) -> str:
+    return guest.read(f"{_RAW}set -eu\n{lines}")
+
+
+def _prepare(side: Side) -> str:
+    """Have something of every kind in the TPM; what it says of itself."""
+    _run(side.guest, _PREPARE)
+    kept = _run(side.guest, _KEPT)
+    assert "0x80000000" in kept
+    assert kept.endswith("old value")
+    return kept
+
+
+def _check(side: Side, kept: str) -> None:
+    """All of it is there, and of use."""
+    assert _run(side.guest, _KEPT) == kept
+    _run(side.guest, _USE_SESSION)
+
+
+@pytest.fixture(params=[False, True], ids=["two directories", "one directory"])
+def place(request: pytest.FixtureRequest, image: GuestImage) -> Iterator[Place]:
+    """With a directory of state for each side, and with a common one."""
+    with fresh_directory() as root:
+        yield Place(root, image, shared=bool(request.param))
+
+
+@pytest.mark.parametrize("device", TpmDevice, ids=lambda device: device.value)
+def test_live_with_commands_all_the_time(device: TpmDevice, place: Place) -> None:
+    """And the source is killed as soon as QEMU says that the guest has moved."""
+    place = Place(place.root, place.image, device, place.shared)
+    with place.side("a") as source, place.side("b", incoming=True) as destination:
+        kept = _prepare(source)
+        chain = Chain(source)
+        chain.reach(source)
+        move(source, destination, place.root)
+        source.kill()
+        chain.reach(destination)
+        chain.finish(destination)
+        _check(destination, kept)
+        # The TPM that arrived is one that can be reset and shut down.
+        destination.guest.reset()
+        assert _run(destination.guest, "tpm2_nvread -C o 0x1500042") == "old value"
+        destination.guest.power_off()
+        assert destination.daemon.wait_ended() == 0
+
+
+def test_into_a_file_and_back(place: Place) -> None:
+    """The source ends in good order; the guest goes on from the file with another daemon."""
+    with place.side("a") as source:
+        kept = _prepare(source)
+        chain = Chain(source)
+        chain.reach(source)
+        source.monitor.execute("migrate", {"uri": f"exec:cat >{place.root}/saved"})
+        await_migration(source, "completed")
+        source.monitor.execute("quit")
+        source.guest.wait_ended()
+        assert source.daemon.wait_ended() == 0
+    with place.side("b", incoming=True) as destination:
+        destination.monitor.execute("migrate-incoming", {"uri": f"exec:cat {place.root}/saved"})
+        await_migration(destination, "completed")
+        chain.reach(destination)
+        chain.finish(destination)
+        _check(destination, kept)
+
+
+def test_there_and_back_again(place: Place) -> None:
+    """A second move, to a new daemon on the first one's state."""
+    with place.side("b", incoming=True) as there:
+        with place.side("a") as source:
+            chain = Chain(source)
+            chain.reach(source)
+            move(source, there, place.root)
+            source.monitor.execute("quit")
+            assert source.daemon.wait_ended() == 0
+        chain.reach(there)
+        with place.side("a", incoming=True) as back:
+            move(there, back, place.root)
+            there.kill()
+            chain.reach(back)
+            chain.finish(back)
+
+
+def test_cancelled(place: Place) -> None:
+    """While memory is copied, and again when the guest was halted and QEMU was about to fetch the TPM's state."""
+    with place.side("a") as source, place.side("b", incoming=True) as destination:
+        kept = _prepare(source)
+        chain = Chain(source)
+        uri = f"unix:{place.root}/migration"
+        destination.monitor.execute("migrate-incoming", {"uri": uri})
+        throttle(source, _SLOW)
+        source.monitor.execute("migrate", {"uri": uri})
+        await_migration(source, "active")
+        chain.reach(source, 1)
+        source.monitor.execute("migrate_cancel")
+        await_migration(source, "cancelled")
+        destination.kill()
+        chain.reach(source)
+
+        throttle(source, 1 << 30)
+        enable(source, "pause-before-switchover")
+        source.monitor.execute("migrate", {"uri": "exec:cat >/dev/null"})
+        await_migration(source, "pre-switchover")
+        source.monitor.execute("migrate_cancel")
+        await_migration(source, "cancelled")
+        chain.reach(source)
+        chain.finish(source)
+        _check(source, kept)
+
+
+def test_destination_killed_half_way(place: Place) -> None:
+    with place.side("a") as source, place.side("b", incoming=True) as destination:
+        kept = _prepare(source)
+        chain = Chain(source)
+        uri = f"unix:{place.root}/migration"
+        destination.monitor.execute("migrate-incoming", {"uri": uri})
+        throttle(source, _SLOW)
+        source.monitor.execute("migrate", {"uri": uri})
+        await_migration(source, "active")
+        chain.reach(source, 1)
+        destination.kill()
+        await_migration(source, "failed")
+        chain.reach(source)
+        chain.finish(source)
+        _check(source, kept)
