@@ -19,6 +19,8 @@ COMMANDS = {
     "registers": "show the CRB registers of a running TPM",
     "state": "look at, copy, convert and repair the state of a TPM that does not run",
     "check": "see whether serve would find a TPM that it can run",
+    "provision": "make a TPM with endorsement keys, certificates and PCR banks, as a factory does",
+    "ek": "show the endorsement keys and certificates of a TPM",
 }
 """Each is a module of this room with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`."""
 
