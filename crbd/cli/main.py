@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "serve one TPM",
     "registers": "show the CRB registers of a running TPM",
     "state": "look at, copy, convert and repair the state of a TPM that does not run",
+    "compat-path": "print the directory that takes swtpm's place in PATH",
     "check": "see whether serve would find a TPM that it can run",
     "provision": "make a TPM with endorsement keys, certificates and PCR banks, as a factory does",
     "ek": "show the endorsement keys and certificates of a TPM",
@@ -40,7 +41,7 @@ def build_parser(wanted: str | None) -> Parser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         if name == wanted:
-            module = import_module(f"crbd.cli.{name}")
+            module = import_module(f"crbd.cli.{name.replace('-', '_')}")
             command.description = module.DESCRIPTION
             module.add_arguments(command)
             command.set_defaults(run=module.run)
