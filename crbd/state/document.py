@@ -65,8 +65,8 @@ from crbd.state.saved import (
 from crbd.state.sealing import OVERHEAD, Seal, area_length, decode_slots, open_area, wrong_key
 from crbd.state.sections import MAX_SECTIONS, Section, Sections, decode_body, encode_body
 
-__all__ = ["Document", "Header", "check_complete", "check_identity", "decode", "encode", "open_seal", "peek_header"]
-__all__ += ["key_slots", "rewrap", "verify"]
+__all__ = ["Document", "Header", "check_complete", "check_identity", "decode", "encode", "encode_hashed", "open_seal"]
+__all__ += ["key_slots", "peek_header", "rewrap", "verify"]
 
 NEWEST: Final = {
     IDENTITY: 1,
@@ -132,6 +132,13 @@ def encode(document: Document, seal: Seal | None = None, *, format_version: int 
     Raises StateDowngradeError where an older `format_version` has no room for something, StateError where the document
     would be longer than any reader takes, ValueError for a format version that never was or another instance's seal.
     """
+    return encode_hashed(document, seal, format_version=format_version)[0]
+
+
+def encode_hashed(
+    document: Document, seal: Seal | None = None, *, format_version: int = FORMAT_VERSION
+) -> tuple[bytes, bytes]:
+    """As `encode`, and the SHA-256 of the bytes, the one at their end included: it costs next to nothing here."""
     if not 1 <= format_version <= FORMAT_VERSION:
         raise ValueError(f"there is no format version {format_version}")
     if seal is not None and seal.uuid != document.identity.uuid:
@@ -149,16 +156,17 @@ def encode(document: Document, seal: Seal | None = None, *, format_version: int 
         written=document.written,
     )
     if seal is None:
-        whole = encode_header(header, len(body)) + body
+        parts = [encode_header(header, len(body)), body]
     else:
         head = encode_header(header, len(body) + OVERHEAD)
-        whole = head + seal.encode_area() + seal.encrypt(head, body)
-    if len(whole) + DIGEST_SIZE > MAX_DOCUMENT:
+        parts = [head, seal.encode_area(), seal.encrypt(head, body)]
+    length = sum(map(len, parts)) + DIGEST_SIZE
+    if length > MAX_DOCUMENT:
         raise StateError(
-            f"the state of {identity.uuid} would be {len(whole)} bytes long, at most {MAX_DOCUMENT} can be",
+            f"the state of {identity.uuid} would be {length} bytes long, at most {MAX_DOCUMENT} can be",
             "this is a mistake of crbd; please report it",
         )
-    return _with_digest(whole)
+    return _with_digest(parts)
 
 
 def rewrap(data: bytes, seal: Seal, name: str) -> bytes:
@@ -170,11 +178,17 @@ def rewrap(data: bytes, seal: Seal, name: str) -> bytes:
     if not envelope.area:
         raise StateUnsealedError(f"{name} is not encrypted and has no keys", "encrypt it first: crbd state convert")
     _refuse_other_seal(envelope, seal, name)
-    return _with_digest(envelope.header_bytes + seal.encode_area() + envelope.body)
+    return _with_digest([envelope.header_bytes, seal.encode_area(), envelope.body])[0]
 
 
-def _with_digest(whole: bytes) -> bytes:
-    return whole + hashlib.sha256(whole).digest()
+def _with_digest(parts: list[bytes]) -> tuple[bytes, bytes]:
+    """The parts and their SHA-256 as one, and the SHA-256 of that."""
+    running = hashlib.sha256()
+    for part in parts:
+        running.update(part)
+    digest = running.digest()
+    running.update(digest)
+    return b"".join((*parts, digest)), running.digest()
 
 
 def _sections_of(document: Document) -> Sections:

@@ -4,7 +4,9 @@ the reading and writing. Specified byte by byte in docs/slot-file.md.
 Theory. A file has two slots at fixed places, and commits go into them in turn: a commit overwrites the older one and
 leaves the newer alone, so one of the two is intact at every moment. The intact slot with the higher generation is the
 state, and the other the undo. A slot is intact when its digest over head and payload holds; whatever sectors of a
-write are missing, the digest does not.
+write are missing, the digest does not. The digest is taken over the payload's SHA-256, not over the payload: whoever
+hashed the payload already, as the document's encoder did, need not hash it again for every commit
+(docs/decisions/0003-one-hash.md). Version 1 took it over the payload itself; such slots are read.
 
 What can be told from two slots, and what cannot. Each head names its own generation G and the generation its writer
 built upon, its base. Where the other slot holds that base, intact, nothing is missing: either G is the last commit, or
@@ -22,17 +24,17 @@ so, with the generation that the unreadable slot claims, where its head can stil
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import sha256
 from struct import Struct
 
 from crbd.errors import StateDamagedError, StateEmptyError, StateForeignError, StateNewerError
 
 MAGIC = b"crbdslot"
-VERSION = 1
-OLDEST_READER = 1
+VERSION = 2
+OLDEST_READER = 2
 
 SECTOR = 512
 """Bytes that a disk writes whole. A head is one sector."""
@@ -55,7 +57,9 @@ _HEAD = Struct(">8sHHIQQ16sI")
 _DIGEST_AT = _HEAD.size
 _CRC = Struct(">I")
 _CRC_AT = SECTOR - _CRC.size
-_DIGEST_SIZE = hashlib.sha256().digest_size
+_DIGEST_SIZE = sha256().digest_size
+_DIGEST_OVER_PAYLOAD = 1
+"""The slot format version whose digest is over the payload itself."""
 
 _RESTORE = "restore it from a backup"
 _SWTPM_LINEAR_MAGIC = b"nilmptws"
@@ -70,7 +74,9 @@ class SlotHead:
     writer_id: bytes
     length: int
     digest: bytes
-    """SHA-256 over the fields before it and the payload."""
+    """SHA-256 over the fields before it and the payload's SHA-256 (format version 1: the payload)."""
+    version: int
+    """Slot format version that the slot was written in."""
 
 
 class Condition(Enum):
@@ -107,15 +113,21 @@ class Choice:
     """One line for the log, naming both generations; empty where all is as it should be."""
 
 
+def encode_head(generation: int, base: int, writer_id: bytes, length: int, payload_digest: bytes) -> bytes:
+    """A head of one sector for a payload of `length` bytes, at most MAX_PAYLOAD, with that SHA-256.
+
+    `writer_id` is 16 bytes. Raises ValueError.
+    """
+    if not 0 <= length <= MAX_PAYLOAD or len(writer_id) != 16 or not 0 <= base < generation <= MAX_GENERATION:
+        raise ValueError(f"no slot holds generation {generation} on {base} with {length} bytes")
+    fields = _HEAD.pack(MAGIC, VERSION, OLDEST_READER, 0, generation, base, writer_id, length)
+    head = (fields + sha256(fields + payload_digest).digest()).ljust(_CRC_AT, b"\0")
+    return head + zlib.crc32(head).to_bytes(4, "big")
+
+
 def encode_slot(generation: int, base: int, writer_id: bytes, payload: bytes) -> bytes:
-    """Head and payload. `writer_id` is 16 bytes, `payload` at most MAX_PAYLOAD: ValueError."""
-    if len(payload) > MAX_PAYLOAD or len(writer_id) != 16 or not 0 <= base < generation <= MAX_GENERATION:
-        raise ValueError(f"no slot holds generation {generation} on {base} with {len(payload)} bytes")
-    fields = _HEAD.pack(MAGIC, VERSION, OLDEST_READER, 0, generation, base, writer_id, len(payload))
-    digest = hashlib.sha256(fields)
-    digest.update(payload)
-    head = (fields + digest.digest()).ljust(_CRC_AT, b"\0")
-    return b"".join((head, _CRC.pack(zlib.crc32(head)), payload))
+    """Head and payload. Raises ValueError as `encode_head` does."""
+    return encode_head(generation, base, writer_id, len(payload), sha256(payload).digest()) + payload
 
 
 def decode_head(sector: bytes) -> Slot:
@@ -129,19 +141,19 @@ def decode_head(sector: bytes) -> Slot:
         return Slot(Condition.FOREIGN)
     if len(sector) < SECTOR or _CRC.unpack_from(sector, _CRC_AT)[0] != zlib.crc32(sector[:_CRC_AT]):
         return Slot(Condition.DAMAGED)
-    _, _, oldest_reader, _, generation, base, writer_id, length = _HEAD.unpack_from(sector)
+    _, version, oldest_reader, _, generation, base, writer_id, length = _HEAD.unpack_from(sector)
     if oldest_reader > VERSION:
         return Slot(Condition.NEWER, oldest_reader=oldest_reader)
     if length > MAX_PAYLOAD or not base < generation <= MAX_GENERATION:
         return Slot(Condition.DAMAGED)
     digest = sector[_DIGEST_AT : _DIGEST_AT + _DIGEST_SIZE]
-    return Slot(Condition.INTACT, SlotHead(generation, base, writer_id, length, digest))
+    return Slot(Condition.INTACT, SlotHead(generation, base, writer_id, length, digest, version))
 
 
 def check_payload(sector: bytes, head: SlotHead, payload: bytes) -> Slot:
     """INTACT if `payload` is what `head`, decoded from `sector`, was written with; else DAMAGED."""
-    digest = hashlib.sha256(sector[:_DIGEST_AT])
-    digest.update(payload)
+    digest = sha256(sector[:_DIGEST_AT])
+    digest.update(payload if head.version == _DIGEST_OVER_PAYLOAD else sha256(payload).digest())
     whole = len(payload) == head.length and digest.digest() == head.digest
     return Slot(Condition.INTACT if whole else Condition.DAMAGED, head)
 

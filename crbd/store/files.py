@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class BlockFile(Protocol):
 
     def pwrite(self, data: bytes, offset: int) -> None:
         """Write all of it; not yet durable. After an OSError any part of it may be written."""
+
+    def pwritev(self, pieces: Sequence[bytes | memoryview], size: int, offset: int) -> None:
+        """As `pwrite`, of all pieces one behind the other; `size` is that of all together."""
 
     def fdatasync(self) -> None:
         """Everything written before is durable when this returns.
@@ -78,8 +82,10 @@ class RegularFile:
         self._descriptor = descriptor
         self._named = named
         self._name_is_durable = named
+        self._place = str(path if named else _unnamed(path))
+        """Where it must be found: `path`, or the name before that."""
         status = os.fstat(descriptor)
-        self._identity = (status.st_dev, status.st_ino)
+        self._device, self._inode = status.st_dev, status.st_ino
 
     @classmethod
     def open(cls, path: Path, *, create: bool, writable: bool = True) -> RegularFile:
@@ -123,12 +129,10 @@ class RegularFile:
         return self._name_is_durable
 
     def pread(self, size: int, offset: int) -> bytes:
-        pieces = []
-        while size > 0 and (piece := os.pread(self._descriptor, size, offset)):
-            pieces.append(piece)
-            size -= len(piece)
-            offset += len(piece)
-        return b"".join(pieces)
+        found = os.pread(self._descriptor, size, offset)
+        while len(found) < size and (piece := os.pread(self._descriptor, size - len(found), offset + len(found))):
+            found += piece
+        return found
 
     def pwrite(self, data: bytes, offset: int) -> None:
         rest = memoryview(data)
@@ -136,6 +140,12 @@ class RegularFile:
             written = os.pwrite(self._descriptor, rest, offset)
             rest = rest[written:]
             offset += written
+
+    def pwritev(self, pieces: Sequence[bytes | memoryview], size: int, offset: int) -> None:
+        written = os.pwritev(self._descriptor, pieces, offset)
+        if written != size:
+            # A full disk, mostly: the rest is what says so.
+            self.pwrite(b"".join(pieces)[written:], offset + written)
 
     def fdatasync(self) -> None:
         os.fdatasync(self._descriptor)
@@ -145,24 +155,23 @@ class RegularFile:
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def check_place(self) -> None:
-        here = self._path if self._named else _unnamed(self._path)
         try:
-            in_place = self._is_at(here)
+            found = os.lstat(self._place)
         except FileNotFoundError as error:
             if not self._path.parent.exists():
                 raise StoreError(f"{self._path} cannot be written: its directory is gone") from error
-            raise StoreFencedError(f"{here} was removed while crbd used it") from error
-        if not in_place:
-            raise StoreFencedError(f"{here} was replaced by another file while crbd used it")
+            raise StoreFencedError(f"{self._place} was removed while crbd used it") from error
+        if found.st_ino != self._inode or found.st_dev != self._device:
+            raise StoreFencedError(f"{self._place} was replaced by another file while crbd used it")
         if not self._named and os.path.lexists(self._path):
             raise StoreFencedError(f"{self._path} was made by another program while crbd was making it")
 
     def publish(self) -> None:
         if not self._named:
             _unnamed(self._path).rename(self._path)
-            self._named = True
+            self._named, self._place = True, str(self._path)
         if not self._name_is_durable:
-            _sync_directory(self._path.parent)
+            sync_directory(self._path.parent)
             self._name_is_durable = True
 
     def lock(self) -> None:
@@ -182,12 +191,9 @@ class RegularFile:
     def _remove_unnamed(self) -> None:
         """A leftover does no harm beyond its message, so that failing to remove it is no error."""
         with contextlib.suppress(OSError):
-            if self._is_at(_unnamed(self._path)):
+            found = os.lstat(self._place)
+            if (found.st_ino, found.st_dev) == (self._inode, self._device):
                 _unnamed(self._path).unlink()
-
-    def _is_at(self, path: Path) -> bool:
-        found = os.stat(path, follow_symlinks=False)
-        return (found.st_dev, found.st_ino) == self._identity
 
 
 def _unnamed(path: Path) -> Path:
@@ -200,14 +206,6 @@ def _absent(path: Path) -> StateError:
             f"the making of {path} was interrupted before anything was stored in it", "run again with --create"
         )
     return StateAbsentError(f"{path} does not exist", "check the path, or make a new TPM there with --create")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_durably(path: Path, data: bytes) -> None:

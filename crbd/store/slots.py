@@ -18,6 +18,7 @@ shorter payload is followed by zeros as far as the longer one before it reached:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -30,14 +31,13 @@ from crbd.state.slots import (
     SECTOR,
     SLOT_OFFSETS,
     SLOT_SIZE,
-    Choice,
     Condition,
     Slot,
     SlotHead,
     check_payload,
     choose,
     decode_head,
-    encode_slot,
+    encode_head,
 )
 from crbd.store.files import BlockFile, RegularFile
 
@@ -47,6 +47,8 @@ GROWTH = 64 * 1024
 """Bytes by which a slot's allocation grows; new slots begin with one such step."""
 
 WRITER_ID_SIZE = 16
+
+_ZEROS = memoryview(bytes(BLOCK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class _Place:
     offset: int
     head: bytes = bytes(SECTOR)
     """Its first sector, as last read or written."""
+    generation: int = 0
+    """Of the intact commit that lies there; 0 for none."""
     in_doubt: bool = False
     """A write began and was not synced: any mixture of old and new may lie there."""
     used: int = 0
@@ -84,7 +88,10 @@ class SlotFile:
         self._file = file
         self._writer_id = os.urandom(WRITER_ID_SIZE)
         self._places = tuple(_Place(offset) for offset in SLOT_OFFSETS)
-        self._choice: Choice | None = None
+        self._current: int | None = None
+        """The place that holds the state; None in a new file."""
+        self._has_undo = False
+        self._fell_back = False
         self._generation = 0
         """The last that was attempted or found."""
         if file.published:
@@ -125,33 +132,39 @@ class SlotFile:
 
         Raises StateDamagedError if it has been damaged since it was opened, StateAccessError.
         """
-        if self._choice is None:
-            return None
-        return self._read(self._choice.current, self._choice.fell_back)
+        return None if self._current is None else self._read(self._current, self._fell_back)
 
     def previous(self) -> Loaded | None:
         """The generation that the newest one was built upon, if the other slot holds it: the undo.
 
         To go back to it, commit its payload again. Raises as `load`.
         """
-        if self._choice is None or not self._choice.has_undo:
+        if self._current is None or not self._has_undo:
             return None
-        return self._read(1 - self._choice.current, fell_back=False)
+        return self._read(1 - self._current, fell_back=False)
 
-    def commit(self, payload: bytes) -> int:
+    def commit(self, payload: bytes, digest: bytes | None = None) -> int:
         """Make `payload` (at most MAX_PAYLOAD bytes) the state, durably; returns its generation.
 
+        `digest` is the payload's SHA-256, from whoever has it already; the slot is damaged if it is not.
         Raises StoreFencedError if the file moved on under this process: then nothing was written. Raises StoreError if
         the disk would not take it: the state is as before, or, after a crash, perhaps this one; the next commit works
         as soon as the disk does.
         """
         if len(payload) > MAX_PAYLOAD:
             raise StoreError(f"{len(payload)} bytes of TPM state do not fit {self._path} (at most {MAX_PAYLOAD})")
+        if digest is None:
+            digest = hashlib.sha256(payload).digest()
+        file = self._file
         try:
-            self._refuse_if_fenced()
-            self._write(payload)
-            if not self._file.published:
-                self._file.publish()
+            # The fence, in as few steps as can be: every commit pays for them.
+            file.check_place()
+            for place in self._places:
+                if file.pread(SECTOR, place.offset) != place.head:
+                    self._refuse_if_not_ours(place)
+            self._write(file, payload, digest)
+            if not file.published:
+                file.publish()
         except OSError as error:
             raise StoreError(f"TPM state could not be written to {self._path}: {error.strerror}") from error
         return self._generation
@@ -177,14 +190,13 @@ class SlotFile:
         for place, slot in zip(self._places, found, strict=True):
             if slot.head is not None:
                 place.used = SECTOR + slot.head.length
-            if slot.condition is Condition.INTACT:
+            if slot.condition is Condition.INTACT and slot.head is not None:
+                place.generation = slot.head.generation
                 place.allocated = _rounded(place.used, BLOCK)
             elif slot.condition is Condition.BLANK:
                 place.allocated = GROWTH
-        head = found[choice.current].head
-        assert head is not None
-        self._choice = choice
-        self._generation = head.generation
+        self._current, self._has_undo, self._fell_back = choice.current, choice.has_undo, choice.fell_back
+        self._generation = self._places[choice.current].generation
 
     def _prepare(self) -> None:
         """Allocate both slots of a new file."""
@@ -229,19 +241,18 @@ class SlotFile:
 
     # -- writing
 
-    def _refuse_if_fenced(self) -> None:
-        """Raises StoreFencedError, StoreError, OSError."""
-        self._file.check_place()
-        for place in self._places:
-            if self._file.pread(SECTOR, place.offset) == place.head:
-                continue
-            _, slot = self._look(place)
-            # Where our own last attempt failed, a piece of it may lie; another's whole commit it must not be.
-            others = slot.condition is Condition.NEWER or (
-                slot.condition is Condition.INTACT and slot.head is not None and slot.head.writer_id != self._writer_id
-            )
-            if others or not place.in_doubt:
-                raise self._fenced(slot)
+    def _refuse_if_not_ours(self, place: _Place) -> None:
+        """Judge a slot whose head is not what it was: where our own last attempt failed, a piece of it may lie;
+        another's whole commit it must not be.
+
+        Raises StoreFencedError, OSError.
+        """
+        _, slot = self._look(place)
+        others = slot.condition is Condition.NEWER or (
+            slot.condition is Condition.INTACT and slot.head is not None and slot.head.writer_id != self._writer_id
+        )
+        if others or not place.in_doubt:
+            raise self._fenced(slot)
 
     def _fenced(self, slot: Slot) -> StoreFencedError:
         what = f"generation {slot.head.generation}" if slot.head is not None else "something else"
@@ -250,37 +261,33 @@ class SlotFile:
             "this TPM is not the one on disk any more and writes nothing"
         )
 
-    def _write(self, payload: bytes) -> None:
+    def _write(self, file: BlockFile, payload: bytes, digest: bytes) -> None:
         """Raises OSError; then the slot is in doubt and the state is as before."""
-        current = None if self._choice is None else self._choice.current
-        target = 0 if current is None else 1 - current
+        current = self._current
+        if current is None:
+            target, base = 0, 0
+        else:
+            target, base = 1 - current, self._places[current].generation
         place = self._places[target]
-        base = 0 if current is None else self._generation_of(current)
-        self._generation += 1
-        image = encode_slot(self._generation, base, self._writer_id, payload)
-        allocated = self._allocate(place, len(image))
+        self._generation = generation = self._generation + 1
+        head = encode_head(generation, base, self._writer_id, len(payload), digest)
+        size = SECTOR + len(payload)
+        allocated = place.allocated if size <= place.allocated else self._allocate(place, size)
         place.in_doubt = True
-        place.used = max(len(image), place.used)
-        self._file.pwrite(image.ljust(_rounded(place.used, BLOCK), b"\0"), place.offset)
-        self._file.fdatasync()
+        place.used = max(place.used, size)
+        whole = -(-place.used // BLOCK) * BLOCK
+        rest = whole - size
+        file.pwritev((head, payload, _ZEROS[:rest] if rest <= BLOCK else bytes(rest)), whole, place.offset)
+        file.fdatasync()
         place.in_doubt = False
-        place.head = image[:SECTOR]
-        place.used = len(image)
-        place.allocated = allocated
-        self._choice = Choice(target, has_undo=current is not None, fell_back=False, complaint="")
-
-    def _generation_of(self, which: int) -> int:
-        head = decode_head(self._places[which].head).head
-        assert head is not None
-        return head.generation
+        place.head, place.generation, place.used, place.allocated = head, generation, size, allocated
+        self._current, self._has_undo, self._fell_back = target, current is not None, False
 
     def _allocate(self, place: _Place, size: int) -> int:
         """Zero what the slot grows by, before anything in it is overwritten; returns what is allocated once synced.
 
         Raises OSError.
         """
-        if size <= place.allocated:
-            return place.allocated
         end = min(_rounded(size, GROWTH), SLOT_SIZE)
         self._file.pwrite(bytes(end - place.allocated), place.offset + place.allocated)
         return end

@@ -232,6 +232,10 @@ class RecordingFile:
             raise
         self.note(Write(offset, data))
 
+    def pwritev(self, pieces: Sequence[bytes | memoryview], size: int, offset: int) -> None:
+        assert size == sum(map(len, pieces))
+        self.pwrite(b"".join(pieces), offset)
+
     def fdatasync(self) -> None:
         try:
             self._fail_if_due("fdatasync")

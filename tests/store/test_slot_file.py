@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import resource
@@ -120,9 +121,9 @@ def damage_both_heads(path: Path) -> None:
 
 
 def head_of_tomorrow(generation: int) -> bytes:
-    """A version-2 head that wants a version-2 reader: the first 12 bytes and the checksum are the same for ever."""
+    """A version-3 head that wants a version-3 reader: the first 12 bytes and the checksum are the same for ever."""
     head = bytearray(encode_slot(generation, generation - 1, bytes(16), b"")[:SECTOR])
-    struct.pack_into(">HH", head, 8, 2, 2)
+    struct.pack_into(">HH", head, 8, 3, 3)
     struct.pack_into(">I", head, 508, zlib.crc32(head[:508]))
     return bytes(head)
 
@@ -148,8 +149,8 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], type[StateError], str]] = {
     "both heads damaged": (damage_both_heads, StateDamagedError, "neither of its two slots"),
     "cut within the first head": (put(encode_slot(1, 0, bytes(16), b"")[:300]), StateDamagedError, "neither"),
     "one generation twice": (one_generation_twice, StateDamagedError, "generation 2 twice"),
-    "newer format": (upgrade, StateNewerError, "slot format 2, this release reads up to 1: use the release"),
-    "newer format alone": (put(head_of_tomorrow(1)), StateNewerError, "slot format 2"),
+    "newer format": (upgrade, StateNewerError, "slot format 3, this release reads up to 2: use the release"),
+    "newer format alone": (put(head_of_tomorrow(1)), StateNewerError, "slot format 3"),
     "no file": (lambda path: path.mkdir(), StateAccessError, "cannot be opened"),
     "a pipe": (os.mkfifo, StateForeignError, "is no file"),
     "a link": (lambda path: path.symlink_to("/dev/null"), StateAccessError, "cannot be opened"),
@@ -230,6 +231,44 @@ def test_an_undo_of_another_line_is_none(path: Path, caplog: pytest.LogCaptureFi
     assert (loaded(slots).generation, loaded(slots).fell_back, slots.previous()) == (3, False, None)
     assert "built upon generation 2, but the other slot holds 1" in caplog.text
     slots.close()
+
+
+def slot_of_version_1(generation: int, base: int, payload: bytes) -> bytes:
+    """As the first slot format was: the digest over the fields and the payload."""
+    fields = struct.pack(">8sHHIQQ16sI", b"crbdslot", 1, 1, 0, generation, base, b"an older release", len(payload))
+    head = (fields + hashlib.sha256(fields + payload).digest()).ljust(508, b"\0")
+    return head + struct.pack(">I", zlib.crc32(head)) + payload
+
+
+def test_slots_of_version_1_are_read_and_give_way_to_new_ones(path: Path) -> None:
+    path.write_bytes(slot_of_version_1(7, 6, b"seven").ljust(SECOND, b"\0") + slot_of_version_1(6, 5, b"six"))
+    slots = SlotFile.open(path, create=False)
+    undo = slots.previous()
+    assert undo is not None
+    assert (loaded(slots).payload, loaded(slots).generation, undo.payload) == (b"seven", 7, b"six")
+    assert slots.commit(b"eight") == 8
+    slots.close()
+    again = SlotFile.open(path, create=False)
+    undo = again.previous()
+    assert undo is not None
+    assert (loaded(again).payload, undo.payload, undo.generation) == (b"eight", b"seven", 7)
+    again.close()
+    patch(path, FIRST + SECTOR, b"X")
+    patch(path, SECOND + SECTOR, b"X")
+    with pytest.raises(StateDamagedError):
+        SlotFile.open(path, create=False)
+
+
+def test_a_digest_that_is_not_the_payloads_makes_no_intact_slot(path: Path) -> None:
+    written(path, b"one")
+    slots = SlotFile.open(path, create=False)
+    slots.commit(b"two", hashlib.sha256(b"two").digest())
+    assert loaded(slots).payload == b"two"
+    slots.commit(b"three", hashlib.sha256(b"two").digest())
+    with pytest.raises(StateDamagedError):
+        slots.load()
+    slots.close()
+    assert loaded(SlotFile.open(path, create=False)).payload == b"two"
 
 
 # -- fencing
