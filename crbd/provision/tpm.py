@@ -189,6 +189,11 @@ class Tpm:
         """TPM2_EvictControl: keep a transient key at a handle for good; then flush it."""
         with _refusals(f"keep a key at 0x{handle:08x}"):
             self._esapi.evict_control(ESYS_TR.OWNER, transient, handle)
+        self.flush(transient)
+
+    def flush(self, transient: int) -> None:
+        """TPM2_FlushContext: forget a transient key."""
+        with _refusals("forget a transient key"):
             self._esapi.flush_context(transient)
 
     def public_area(self, handle: int) -> PublicArea:
