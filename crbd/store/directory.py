@@ -51,6 +51,7 @@ class DirectoryStore:
         self._side = SideFile(path / SIDE_NAME, key)
         self._lock: LockFile | None = None
         self._locked = False
+        self._held_a_tpm = False
         if not create:
             self._refuse_unless_there()
 
@@ -68,7 +69,7 @@ class DirectoryStore:
     def lock(self) -> None:
         if self._locked:
             return
-        if self._create:
+        if self._create and not self._held_a_tpm:
             make_directory(self._path)
         with ExitStack() as undo:
             lock = None
@@ -123,6 +124,8 @@ class DirectoryStore:
                 self._replace(kind, changes[kind])
             if side is None and StateKind.VOLATILE in changes:
                 self._side.remove()
+            if StateKind.PERMANENT in changes:
+                self._held_a_tpm = changes[StateKind.PERMANENT] is not None
         except OSError as error:
             raise StoreError(f"TPM state in {self._path} could not be written: {error.strerror}") from error
 
@@ -217,11 +220,14 @@ class DirectoryStore:
     def _refuse_orphans(self) -> None:
         """Raises StateDamagedError where something lies without the permanent state it belongs to:
 
-        something was lost, this is no empty directory.
+        something was lost, this is no empty directory. StateAbsentError where a TPM was here before.
         """
         state = self._file(StateKind.PERMANENT)
         if state.exists():
+            self._held_a_tpm = True
             return
+        if self._held_a_tpm:
+            raise StateAbsentError(f"the TPM that was in {self._path} is gone", "see who removed it; no new one is made")
         if self._backup.exists():
             raise StateDamagedError(
                 f"{state} is missing while {self._backup.name} is there",

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from struct import Struct
 
-from crbd.errors import StateAccessError, StateLockedError
+from crbd.errors import StateAbsentError, StateAccessError, StateLockedError
 
 _FLOCK = Struct("@hhqqi0q")
 """struct flock on 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for open-file-description locks)."""
@@ -31,10 +31,13 @@ class LockFile:
     def acquire(cls, path: Path, mode: int = 0o600) -> LockFile:
         """Lock `path`, which is created with `mode` if need be.
 
-        Raises StateLockedError if another process holds it, StateAccessError if it cannot be opened.
+        Raises StateLockedError if another process holds it, StateAbsentError if its directory is not there,
+        StateAccessError if it cannot be opened.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        except FileNotFoundError as error:
+            raise StateAbsentError(f"{path.parent} does not exist", "check the path") from error
         except OSError as error:
             raise StateAccessError(f"{path}: {error.strerror}", "let the user that runs crbd write there") from error
         try:

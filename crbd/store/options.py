@@ -12,7 +12,7 @@ class FileOptions:
     """What an operator may choose. There is no `fsync`: what is acknowledged is on the disk, always."""
 
     mode: int = PRIVATE
-    """Of state files that are written."""
+    """Of state files that are written, whatever the umask."""
     adopt_mode: bool = False
     """Give it to those that are there too, as swtpm does where its operator chose a mode."""
     lock_mode: int = PRIVATE

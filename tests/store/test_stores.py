@@ -1,11 +1,10 @@
-"""What every store promises, and what a directory adds: files, modes, locks, errors that name the file."""
+"""What a directory in swtpm's layout adds to test_store_contract: files, modes, locks, errors that name the file."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,47 +18,10 @@ from crbd.errors import (
     StoreError,
 )
 from crbd.state.kinds import StateKind
-from crbd.state.saved import EngineStamp
 from crbd.store.directory import DirectoryStore, open_directory
-from crbd.store.layout import open_state
-from crbd.store.linear import open_linear
-from crbd.store.memory import MemoryStore
-from crbd.store.port import Store
 
 PERMANENT, VOLATILE = StateKind.PERMANENT, StateKind.VOLATILE
 AS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture(params=["memory", "directory", "linear", "document"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    make: dict[str, Callable[[], Store]] = {
-        "memory": MemoryStore,
-        "directory": lambda: open_directory(tmp_path / "state", create=True),
-        "linear": lambda: open_linear(tmp_path / "state", create=True),
-        "document": lambda: open_state(tmp_path / "state", create=True),
-    }
-    store = make[request.param]()
-    store.use_engine(EngineStamp(0, 9, 2))
-    yield store
-    store.close()
-
-
-def test_contract(store: Store) -> None:
-    assert store.name
-    store.lock()
-    store.lock()
-    assert [store.load(kind) for kind in StateKind] == [None, None, None]
-    store.commit({PERMANENT: b"one", VOLATILE: b"v"})
-    assert store.load(PERMANENT) == b"one"
-    assert store.load(VOLATILE) == b"v"
-    store.commit({PERMANENT: b"two", VOLATILE: None})
-    assert store.load(PERMANENT) == b"two"
-    assert store.load(VOLATILE) is None
-    store.commit({VOLATILE: None})
-    store.commit({})
-    assert store.load(PERMANENT) == b"two"
-    store.close()
-    store.close()
 
 
 def test_files_and_modes(tmp_path: Path) -> None:
