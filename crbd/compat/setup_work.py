@@ -1,0 +1,116 @@
+"""swtpm_setup's provisioning itself: of crbd's own TPM in a store, or of a program's over its sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from crbd.cli.swtpm_key import read_swtpm_key
+from crbd.compat.setup_log import Log
+from crbd.compat.setup_program import ProgramOptions, TpmProgram, remove_state, running
+from crbd.engine.libtpms import LibtpmsEngine
+from crbd.engine.port import Engine, StatePort
+from crbd.errors import OperatorError
+from crbd.provision.options import Existing, ProvisionOptions
+from crbd.provision.provisioning import provision, provision_tpm
+from crbd.provision.report import ProvisionReport
+from crbd.provision.signing import CertificateSigner
+from crbd.provision.tpm import Tpm
+from crbd.state.kinds import StateKind
+from crbd.state.saved import EngineStamp
+from crbd.state.side import SideState
+from crbd.store.layout import open_backend
+from crbd.store.options import FileOptions
+from crbd.store.port import Store
+
+FILES: Final = FileOptions(mode=0o640, lock_mode=0o640)
+"""The modes of swtpm's files, under the umask: libvirt's group may read them."""
+
+
+def provision_own(
+    uri: str, directory: Path | None, options: ProvisionOptions, signer: CertificateSigner | None, key: str
+) -> ProvisionReport:
+    """libtpms in this process, committed to its state as a whole or not at all. `key`: swtpm's --key, or empty.
+
+    Raises OperatorError.
+    """
+    swtpm_key = read_swtpm_key(key, "the key") if key else None
+    create = options.existing is not Existing.RECONFIGURE
+    store: Store = open_backend(uri, create=create, swtpm_key=swtpm_key, options=FILES)
+    try:
+        if options.existing is Existing.REPLACE:
+            store = _Overwritten(store)
+        return provision(store, options, signer, _engine, directory=directory)
+    finally:
+        store.close()
+
+
+def provision_other(
+    program: TpmProgram,
+    uri: str,
+    options: ProvisionOptions,
+    signer: CertificateSigner | None,
+    key: str,
+    *,
+    log: Log,
+) -> ProvisionReport:
+    """Another program's TPM. Raises OperatorError; there is no state then, or the one that was to be reconfigured."""
+    keeps = options.existing is Existing.RECONFIGURE
+    if not keeps:
+        remove_state(uri)
+    source, _, number = key.partition(",")[0].partition("=")
+    descriptors = (int(number),) if source in ("fd", "pwdfd") else ()
+    started = ProgramOptions(uri, key, options.profile or "", descriptors)
+    try:
+        with running(program, started, log) as (execute, description), Tpm.of_engine(execute) as tpm:
+            return provision_tpm(tpm, options, signer, description)
+    except OperatorError:
+        if not keeps:
+            remove_state(uri)
+        raise
+
+
+class _Overwritten:
+    """A store whose TPM is given up: nothing is read from it, be it damaged or of another key, until it is written."""
+
+    def __init__(self, behind: Store) -> None:
+        self._behind = behind
+        self._rewritten = False
+
+    @property
+    def name(self) -> str:
+        return self._behind.name
+
+    @property
+    def locked(self) -> bool:
+        return self._behind.locked
+
+    def lock(self) -> None:
+        self._behind.lock()
+
+    def release(self) -> None:
+        self._behind.release()
+
+    def use_engine(self, stamp: EngineStamp) -> None:
+        self._behind.use_engine(stamp)
+
+    def load(self, kind: StateKind) -> bytes | None:
+        return self._behind.load(kind) if self._rewritten else None
+
+    def load_side(self) -> SideState | None:
+        return self._behind.load_side() if self._rewritten else None
+
+    def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
+        if not self._rewritten:
+            # The old TPM's volatile state never meets the new TPM, not even in a power cut.
+            self._behind.commit({kind: None for kind in StateKind if kind is not StateKind.PERMANENT})
+        self._behind.commit(changes, side)
+        self._rewritten = True
+
+    def close(self) -> None:
+        self._behind.close()
+
+
+def _engine(port: StatePort) -> Engine:
+    return LibtpmsEngine(port)
