@@ -59,8 +59,8 @@ LOCK_INTERVAL = 0.02
 """Seconds between two tries of the lock."""
 MAX_FILE = 1 << 20
 """Bytes of a key or certificate file at most."""
-_SERIAL_DIGITS = 20
-"""Decimal digits of the random number that counting starts with, as swtpm 0.11."""
+_SERIAL_DIGITS = 18
+"""Decimal digits of the random number that counting starts with: swtpm 0.7 reads no number above 64 bits."""
 
 
 class KeyKind(Enum):
