@@ -175,6 +175,20 @@ class StateUnsealedError(StateError):
     meaning = "a key was given and the TPM state is not encrypted"
 
 
+class StateWriteError(StateError):
+    """The state could not be written: no space, an I/O error, another writer. What was there is as it was."""
+
+    exit_code = 44
+    meaning = "the TPM state could not be written; what was there is as it was"
+
+    @classmethod
+    def of(cls, error: StoreError) -> StateWriteError:
+        """The same for an operator who waits for the command, where a running TPM would try again."""
+        if isinstance(error, StoreFencedError):
+            return cls(str(error), "let one program at a time use it")
+        return cls(str(error), "make room, or see to the disk, and try again")
+
+
 class EngineMissingError(OperatorError):
     """libtpms is missing or too old."""
 
@@ -227,12 +241,12 @@ class AuthorityAbsentError(AuthorityError):
 class ProvisionError(OperatorError):
     """A TPM could not be provisioned. The state is as it was before."""
 
-    exit_code = 50
+    exit_code = 52
     meaning = "the TPM could not be provisioned; its state was not changed"
 
 
 class TssMissingError(OperatorError):
     """tpm2-pytss, which provisioning is built on, is missing."""
 
-    exit_code = 51
+    exit_code = 53
     meaning = "tpm2-pytss is missing, which provisioning needs"

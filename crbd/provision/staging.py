@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from crbd.errors import StateAccessError, StoreError
+from crbd.errors import StateAccessError, StateWriteError, StoreError
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.store.memory import MemoryStore
@@ -48,7 +48,7 @@ class StagedStore(MemoryStore):
     def publish(self) -> None:
         """Make the permanent state that is here the state of the store behind, in one commit.
 
-        What volatile state of another TPM was there is removed first. Raises StateAccessError; the permanent state is
+        What volatile state of another TPM was there is removed first. Raises StateWriteError; the permanent state is
         as before then.
         """
         others: dict[StateKind, bytes | None] = {kind: None for kind in StateKind if kind is not StateKind.PERMANENT}
@@ -57,7 +57,7 @@ class StagedStore(MemoryStore):
                 self._behind.commit(others)
             self._behind.commit({StateKind.PERMANENT: self.load(StateKind.PERMANENT)})
         except StoreError as error:
-            raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+            raise StateWriteError.of(error) from error
 
 
 class RunMark:

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import EngineError, EngineFailedError, StoreError
+from crbd.errors import EngineError, EngineFailedError, StateWriteError, StoreError
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, opened
@@ -101,7 +101,9 @@ def _start(
     data = cleanup.enter_context(opened(options.data, "--data")) if options.data else None
     try:
         instance.begin()
-    except (EngineError, StoreError) as error:
+    except StoreError as error:
+        raise StateWriteError.of(error) from error
+    except EngineError as error:
         raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
     if pid_file is not None:
         pid_file.write()

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from crbd.errors import StateAccessError, StateDamagedError, StateDowngradeError, StateError, StoreError
+from crbd.errors import StateDamagedError, StateDowngradeError, StateError, StateWriteError, StoreError
 from crbd.state.document import Document, check_complete
 from crbd.state.header import WRITER_ID_SIZE
 from crbd.state.keys import UserKey
@@ -194,19 +194,22 @@ def write_linear(source: Source, target: Path, key: SwtpmKey | None) -> None:
     except BaseException as error:
         _remove([target, target.with_name(target.name + SIDE_SUFFIX)])
         if isinstance(error, StoreError):
-            raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+            raise StateWriteError.of(error) from error
         raise
 
 
 def _write_files(directory: Path, source: Source, key: SwtpmKey | None) -> None:
-    """The caller holds the lock."""
+    """The caller holds the lock. Permanent state goes last: without it what else is there is refused by everybody."""
     store = DirectoryStore(directory, create=False, key=key, options=FileOptions(locking=False))
     store.lock()
+    permanent = {kind: data for kind, data in source.states.items() if kind is StateKind.PERMANENT}
+    others = {kind: data for kind, data in source.states.items() if kind is not StateKind.PERMANENT}
     try:
-        store.commit(source.states, source.side)
+        store.commit(others, source.side)
+        store.commit(permanent)
         _see_that_it_reads_back(store, source)
     except StoreError as error:
-        raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+        raise StateWriteError.of(error) from error
     finally:
         store.close()
 

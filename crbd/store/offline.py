@@ -23,6 +23,7 @@ from crbd.errors import (
     StateDamagedError,
     StateError,
     StateForeignError,
+    StateWriteError,
     StoreError,
 )
 from crbd.state.header import MAX_DOCUMENT, peek_header
@@ -88,7 +89,7 @@ class OfflineState:
     def commit(self, payload: bytes) -> None:
         """Make the document `payload` the state, durably.
 
-        One of an older format than its own is kept beside it first, in `tpm.crbd.format-N`. Raises StateAccessError;
+        One of an older format than its own is kept beside it first, in `tpm.crbd.format-N`. Raises a StateError;
         the state is as before then.
         """
         before = self.current().payload
@@ -98,7 +99,7 @@ class OfflineState:
         try:
             self._slots.commit(payload)
         except StoreError as error:
-            raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+            raise StateWriteError.of(error) from error
 
     def close(self) -> None:
         """Closing twice is no error."""
@@ -238,7 +239,7 @@ def create_slots(path: Path, payload: bytes) -> None:
         slots.commit(payload)
         loaded = slots.load()
     except StoreError as error:
-        raise StateAccessError(str(error), "make room, or see to the disk, and try again") from error
+        raise StateWriteError.of(error) from error
     finally:
         slots.close()
     if loaded is None or loaded.payload != payload:

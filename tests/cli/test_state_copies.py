@@ -125,10 +125,10 @@ def test_a_new_directory_that_cannot_be_filled_is_removed(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fdatasync", full)
-    refuse(16, "No space left", "state", "import", GOLDEN / "v3-plain.crbd", tmp_path / "new")
+    refuse(44, "No space left", "state", "import", GOLDEN / "v3-plain.crbd", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "there").mkdir()
-    refuse(16, "No space left", "state", "import", GOLDEN / "v3-plain.crbd", tmp_path / "there")
+    refuse(44, "No space left", "state", "import", GOLDEN / "v3-plain.crbd", tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
