@@ -21,6 +21,7 @@ COMMANDS = {
     "compat-path": "print the directory that takes swtpm's place in PATH",
     "check": "see whether serve would find a TPM that it can run",
     "provision": "make a TPM with endorsement keys, certificates and PCR banks, as a factory does",
+    "ca": "look at, make and connect the authority that certifies TPMs",
     "ek": "show the endorsement keys and certificates of a TPM",
 }
 """Each is a module of this room with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> exit status`."""

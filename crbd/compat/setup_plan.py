@@ -20,7 +20,7 @@ from crbd.provision.signers import CertsTool, ToolSigner
 from crbd.provision.signing import CertificateSigner
 
 LOCALCA_NAMES: Final = ("swtpm_localca", "swtpm-localca")
-LAUNCHER_MARK: Final = b"crbd.compat"
+LAUNCHER_MARK: Final = b"crbd-compat"
 """What stands in the launchers of crbd's own swtpm commands."""
 _ELF: Final = b"\x7fELF"
 _WRAPPERS: Final = Path("/usr/share/swtpm")
