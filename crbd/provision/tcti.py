@@ -24,17 +24,25 @@ except ImportError as missing:
 class EngineTcti(PyTCTI):
     """A TCTI (TSS 2.0 TPM Command Transmission Interface) over a function that runs one TPM command.
 
-    What the function raises comes out of the ESAPI call that sent the command.
+    What the function raises does not come through tpm2-tss, which has an error code of its own for it: it is in
+    `raised`.
     """
 
     def __init__(self, execute: Callable[[bytes], bytes]) -> None:
         self._execute = execute
         self._response: bytes | None = None
+        self.raised: Exception | None = None
+        """What ended the last command instead of an answer."""
         super().__init__(magic=b"CRBD")
 
     def do_transmit(self, command: bytes) -> None:
         """Run the command; the answer waits."""
-        self._response = self._execute(command)
+        self.raised = None
+        try:
+            self._response = self._execute(command)
+        except Exception as error:
+            self.raised = error
+            raise
 
     def do_receive(self, timeout: int) -> bytes:
         """The answer. It is there whatever the timeout (milliseconds)."""

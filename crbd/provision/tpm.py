@@ -159,7 +159,8 @@ class Tpm:
 
     def __init__(self, tcti: TCTI) -> None:
         """Any TCTI will do: `Tpm.of_engine` makes one of a function, tpm2-pytss has others."""
-        with _refusals("be opened"):
+        self._tcti = tcti
+        with self._refusals("be opened"):
             self._esapi = ESAPI(tcti)
         self._chunk = 0
 
@@ -180,25 +181,25 @@ class Tpm:
 
     def create_primary(self, hierarchy: Hierarchy, template: Template) -> tuple[int, PublicArea]:
         """TPM2_CreatePrimary: the key's ESAPI handle, to be flushed, and its public area."""
-        with _refusals(f"make a key {template.algorithm.value} in the {hierarchy.value} hierarchy"):
+        with self._refusals(f"make a key {template.algorithm.value} in the {hierarchy.value} hierarchy"):
             public = TPM2B_PUBLIC(publicArea=_public_area(template))
             handle, made, *_ = self._esapi.create_primary(None, public, _HIERARCHIES[hierarchy])
             return handle, PublicArea(bytes(made.publicArea.marshal()))
 
     def persist(self, transient: int, handle: int) -> None:
         """TPM2_EvictControl: keep a transient key at a handle for good; then flush it."""
-        with _refusals(f"keep a key at 0x{handle:08x}"):
+        with self._refusals(f"keep a key at 0x{handle:08x}"):
             self._esapi.evict_control(ESYS_TR.OWNER, transient, handle)
         self.flush(transient)
 
     def flush(self, transient: int) -> None:
         """TPM2_FlushContext: forget a transient key."""
-        with _refusals("forget a transient key"):
+        with self._refusals("forget a transient key"):
             self._esapi.flush_context(transient)
 
     def public_area(self, handle: int) -> PublicArea:
         """TPM2_ReadPublic of a persistent key."""
-        with _refusals(f"show the key at 0x{handle:08x}"):
+        with self._refusals(f"show the key at 0x{handle:08x}"):
             public, *_ = self._esapi.read_public(self._esapi.tr_from_tpmpublic(handle))
             return PublicArea(bytes(public.publicArea.marshal()))
 
@@ -214,7 +215,7 @@ class Tpm:
 
     def nv_index(self, index: int) -> NvIndex:
         """TPM2_NV_ReadPublic of an index that is defined."""
-        with _refusals(f"show the NV index 0x{index:08x}"):
+        with self._refusals(f"show the NV index 0x{index:08x}"):
             public, _ = self._esapi.nv_read_public(self._esapi.tr_from_tpmpublic(index))
             area = public.nvPublic
             return NvIndex(index, int(area.dataSize), int(area.attributes))
@@ -222,7 +223,7 @@ class Tpm:
     def nv_read(self, index: int) -> bytes:
         """All of an index, as far as the platform, the owner or anybody may read it."""
         found = self.nv_index(index)
-        with _refusals(f"show what the NV index 0x{index:08x} holds"):
+        with self._refusals(f"show what the NV index 0x{index:08x} holds"):
             handle = self._esapi.tr_from_tpmpublic(index)
             reader = handle
             if found.attributes & TPMA_NV.PPREAD:
@@ -237,7 +238,7 @@ class Tpm:
 
     def nv_store(self, index: int, data: bytes, *, lock: bool) -> None:
         """Define an index with `CERTIFICATE_ATTRIBUTES`, as long as the data, write it, and lock it if wanted."""
-        with _refusals(f"store {len(data)} bytes in the NV index 0x{index:08x}"):
+        with self._refusals(f"store {len(data)} bytes in the NV index 0x{index:08x}"):
             public = TPMS_NV_PUBLIC(
                 nvIndex=index, nameAlg=TPM2_ALG.SHA256, attributes=CERTIFICATE_ATTRIBUTES, dataSize=len(data)
             )
@@ -252,7 +253,7 @@ class Tpm:
 
     def banks(self) -> dict[str, bool]:
         """The names of the PCR banks that the TPM has, and whether each is active."""
-        with _refusals("show its PCR banks"):
+        with self._refusals("show its PCR banks"):
             _, found = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 64)
             names = {int(number): name for name, number in _BANKS.items()}
             return {
@@ -262,7 +263,7 @@ class Tpm:
 
     def allocate_banks(self, active: frozenset[str]) -> None:
         """TPM2_PCR_Allocate: all PCRs in these banks and none in the others, from the next start on."""
-        with _refusals(f"activate the PCR banks {', '.join(sorted(active))}"):
+        with self._refusals(f"activate the PCR banks {', '.join(sorted(active))}"):
             selections = [
                 TPMS_PCR_SELECTION(
                     hash=_BANKS[name], sizeofSelect=3, pcrSelect=_ALL_PCRS if name in active else _NO_PCRS
@@ -275,13 +276,13 @@ class Tpm:
 
     def shutdown(self) -> None:
         """TPM2_Shutdown(CLEAR)."""
-        with _refusals("be shut down"):
+        with self._refusals("be shut down"):
             self._esapi.shutdown(TPM2_SU.CLEAR)
 
     # -- within
 
     def _handles(self, first: int) -> frozenset[int]:
-        with _refusals(f"list its handles from 0x{first:08x}"):
+        with self._refusals(f"list its handles from 0x{first:08x}"):
             found: set[int] = set()
             more, following = True, first
             while more:
@@ -298,6 +299,17 @@ class Tpm:
             _, found = self._esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT_NV.BUFFER_MAX, 1)
             self._chunk = int(found.data.tpmProperties[0].value)
         return self._chunk
+
+    @contextmanager
+    def _refusals(self, wanted: str) -> Iterator[None]:
+        """Translates tpm2-tss's exception: into what its TCTI raised, or into ours: the TPM would not `wanted`."""
+        try:
+            yield
+        except TSS2_Exception as error:
+            if isinstance(self._tcti, EngineTcti) and self._tcti.raised is not None:
+                raise self._tcti.raised from error
+            remedy = _REMEDIES.get(int(error.error), "see the response code in TPM 2.0 Part 2, 6.6")
+            raise ProvisionError(f"the TPM would not {wanted}: {error} (0x{int(error.rc):x})", remedy) from error
 
 
 def marshalled(template: Template) -> bytes:
@@ -353,13 +365,3 @@ def _public_area(template: Template) -> TPMT_PUBLIC:
         parameters=parameters,
         unique=unique,
     )
-
-
-@contextmanager
-def _refusals(wanted: str) -> Iterator[None]:
-    """Translates tpm2-tss's exception into ours: the TPM would not `wanted`."""
-    try:
-        yield
-    except TSS2_Exception as error:
-        remedy = _REMEDIES.get(int(error.error), "see the response code in TPM 2.0 Part 2, 6.6")
-        raise ProvisionError(f"the TPM would not {wanted}: {error} (0x{int(error.rc):x})", remedy) from error
