@@ -91,7 +91,7 @@ class Instance:
         self._engine_lock, self._contested = self._lock.engine, self._lock.contested
         self._last_command = b""
         self._blobs = StateBlobs(self._engine, self._state, options)
-        self._custody = Custody(store, self._state)
+        self._custody = Custody(store, self._state, options)
         self._ready = False
         """Whether the TPM is ON and the store's lock is held: then commands are executed."""
         self._established_before = False

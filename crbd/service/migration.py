@@ -32,8 +32,6 @@ from crbd.state.swtpm import MAX_BLOB, encode_migration, open_migration
 from crbd.store.port import Store
 from crbd.tpm.results import TpmResult
 
-LOCK_RETRIES = 300
-"""How often a lock that another process still holds is tried again where nobody said how often (swtpm's figure)."""
 LOCK_RETRY_INTERVAL = 0.010
 """Seconds between two tries (swtpm's figure)."""
 
@@ -128,9 +126,10 @@ class Custody:
     The store's lock is held from the start, or (incoming) from `take` on.
     """
 
-    def __init__(self, store: Store, state: DurableState) -> None:
+    def __init__(self, store: Store, state: DurableState, options: InstanceOptions) -> None:
         self._store = store
         self._state = state
+        self._patience = options.lock_retries
         self._left: dict[StateKind, set[bytes]] = {}
         """Digests of what may lie in the store if nobody worked on it since the lock was given up; empty where it was
         not."""
@@ -141,13 +140,14 @@ class Custody:
         """Whether the store's lock is."""
         return self._store.locked
 
-    def take(self, retries: int = LOCK_RETRIES) -> None:
+    def take(self, retries: int | None = None) -> None:
         """Hold the lock for a TPM that is made anew: from what lies in the store, or from blobs.
 
-        Raises StateLockedError, or what stands in the way of the store's use.
+        `retries`: None for as many as the options say. Raises StateLockedError, or what stands in the way of the
+        store's use.
         """
         if not self.held:
-            self._lock(retries)
+            self._lock(self._patience if retries is None else retries)
         self._left = {}
 
     def give_up(self, handed_out: Mapping[StateKind, bytes]) -> None:
@@ -158,7 +158,7 @@ class Custody:
         if StateKind.PERMANENT in handed_out:
             self._left[StateKind.PERMANENT].add(_digest(handed_out[StateKind.PERMANENT]))
         self._store.release()
-        self._retries = LOCK_RETRIES
+        self._retries = self._patience
 
     def go_on(self, retries: int | None = None) -> None:
         """Hold the lock for the TPM that is in memory; nothing to do where it is held.

@@ -50,3 +50,6 @@ class InstanceOptions:
     release_lock_outgoing: bool = False
     """The store's lock is given up when the savestate blob was asked for: the TPM may then be started elsewhere on the
     same storage. The next command takes it back, if nobody has started it."""
+    lock_retries: int = 300
+    """How often, 10 ms apart, a lock that another process holds is tried again where no client says how often (swtpm's
+    figure)."""
