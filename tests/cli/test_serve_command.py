@@ -118,6 +118,56 @@ def test_swtpms_layout_where_it_is_asked_for_or_found(tmp_path: Path) -> None:
     refuse(19, "of crbd (tpm.crbd) and of swtpm", *options(tmp_path))
 
 
+def swtpm_key(place: Path, key: bytes, name: str) -> list[str]:
+    """In swtpm's own spelling."""
+    (place / name).write_text(key.hex())
+    return ["--swtpm-key", f"file={place / name},mode=aes-256-cbc"]
+
+
+@pytest.mark.parametrize("layout", ["swtpm", "linear"])
+def test_swtpms_layouts_want_swtpms_key(tmp_path: Path, layout: str) -> None:
+    flags = ["--flags", "startup-clear"]
+    key, other = swtpm_key(tmp_path, bytes(range(32)), "key"), swtpm_key(tmp_path, bytes(32), "other")
+    with serving(tmp_path, *options(tmp_path), *flags, *key, "--create", "--layout", layout) as process:
+        assert c.code(ask(tmp_path / "data", c.nv_define(8), 10 + 5 + 4)) == c.SUCCESS
+        assert end(process) == (0, "")
+    refuse(14, "encrypted with a state key", *options(tmp_path))
+    refuse(40, "encrypted with another key", *options(tmp_path), *other)
+    refuse(2, "use --swtpm-key", *options(tmp_path), "--key", f"file:{tmp_path / 'key'}")
+    with serving(tmp_path, *options(tmp_path), *flags, *key, "--require-existing") as process:
+        assert ask(tmp_path / "data", c.nv_define(8), 10)[6:] == bytes.fromhex("0000014c"), "TPM_RC_NV_DEFINED"
+        assert end(process) == (0, "")
+    done = crbd("check", tmp_path / "state", *key)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "in swtpm's layout" in done.stdout
+    assert crbd("check", tmp_path / "state").returncode == 14
+
+
+@pytest.mark.parametrize("layout", ["swtpm", "linear"])
+def test_plain_state_is_not_opened_with_a_key(tmp_path: Path, layout: str) -> None:
+    with serving(tmp_path, *options(tmp_path), "--flags", "startup-clear", "--create", "--layout", layout) as process:
+        assert end(process) == (0, "")
+    refuse(43, "is not encrypted", *options(tmp_path), *swtpm_key(tmp_path, bytes(32), "key"))
+
+
+def test_the_instance_that_is_expected(tmp_path: Path) -> None:
+    ours, other = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"
+    flags = ["--flags", "startup-clear"]
+    with serving(tmp_path, *options(tmp_path), *flags, "--create", "--uuid", ours) as process:
+        assert end(process) == (0, "")
+    refuse(41, f"belongs to instance {ours}", *options(tmp_path), "--uuid", other)
+    refuse(41, f"belongs to instance {ours}", *options(tmp_path), "--create", "--uuid", other)
+    with serving(tmp_path, *options(tmp_path), *flags, "--uuid", ours) as process:
+        assert end(process) == (0, "")
+    assert crbd("check", tmp_path / "state", "--uuid", ours).returncode == 0
+    assert crbd("check", tmp_path / "state", "--uuid", other).returncode == 41
+
+
+def test_existing_state_is_required(tmp_path: Path) -> None:
+    refuse(11, "no TPM state", *options(tmp_path), "--require-existing")
+    assert contents(tmp_path) == []
+
+
 def test_sealed_state_wants_its_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(bytes(range(32)))
     (tmp_path / "hex").write_text(bytes(range(32)).hex() + "\n")
@@ -186,6 +236,11 @@ def test_a_second_instance_is_refused_and_the_first_goes_on(tmp_path: Path) -> N
         (2, "there is no 'nonsense'", ["--ephemeral", "--ctrl", "unix:x", "--flags", "nonsense"]),
         (2, "exclude each other", ["--ephemeral", "--ctrl", "unix:x", "--flags", "startup-clear,startup-state"]),
         (2, "there is no 'nonsense'", ["--ephemeral", "--ctrl", "unix:x", "--locality", "nonsense"]),
+        (2, "not allowed with", ["--state", "s", "--ctrl", "unix:x", "--create", "--require-existing"]),
+        (2, "--ephemeral keeps none", ["--ephemeral", "--ctrl", "unix:x", "--require-existing"]),
+        (2, "--uuid is for state", ["--ephemeral", "--ctrl", "unix:x", "--uuid", "{" + "0" * 32 + "}"]),
+        (2, "invalid UUID value", ["--state", "s", "--ctrl", "unix:x", "--uuid", "nonsense"]),
+        (2, "--swtpm-key names 0 sources", ["--state", "s", "--ctrl", "unix:x", "--swtpm-key", "mode=aes-cbc"]),
         (20, "apt-get install libtpms0", ["--ephemeral", "--ctrl", "unix:x", "--libtpms", "/no/such/libtpms.so"]),
         (21, "TPM2_Startup(STATE)", ["--ephemeral", "--ctrl", "unix:x", "--flags", "startup-state"]),
         (30, "unix:/no/such", ["--ephemeral", "--ctrl", "unix:/no/such/directory"]),

@@ -87,6 +87,25 @@ def test_seal_and_unseal(tmp_path: Path) -> None:
     assert (document(tmp_path / "plain").crb, document(tmp_path / "plain").identity.generation) == (sealed.crb, 5)
 
 
+def test_a_linear_file_there_and_back_again(tmp_path: Path) -> None:
+    made, theirs = put(tmp_path / "tpm", golden(1)), swtpm_key(tmp_path)
+    state("convert", made, "--to", "linear", "--out", tmp_path / "file", *theirs)
+    assert found_in(tmp_path / "file") is Layout.LINEAR
+    assert crbd("check", tmp_path / "file", *theirs).status == 0
+    assert crbd("check", tmp_path / "file").status == 14
+    state("convert", tmp_path / "file", "--to", "swtpm", "--out", tmp_path / "swtpm", *theirs)
+    assert swtpm_states(tmp_path / "swtpm", SwtpmKey(SWTPM_KEY)) == TPM
+    state("convert", tmp_path / "swtpm", "--to", "linear", "--out", tmp_path / "again", *theirs)
+    state("convert", tmp_path / "again", "--to", "crbd", "--out", tmp_path / "back", "--plain", *theirs)
+    back = document(tmp_path / "back")
+    assert blobs(back) == TPM
+    assert (back.crb, back.session) == (document(made).crb, document(made).session)
+    assert back.crb is not None
+    out = state("upgrade", tmp_path / "file", tmp_path / "swtpm", made)
+    assert "linear file, nothing to upgrade" in out
+    assert "1 upgraded, 2 in swtpm's layout" in out
+
+
 # -- in place
 
 
@@ -257,6 +276,8 @@ def test_refusals(tmp_path: Path) -> None:
     key, theirs = ["--key", key_file(tmp_path)], swtpm_key(tmp_path)
     new = ["--new-key", key_file(tmp_path)]
     out = ["--out", str(tmp_path / "out")]
+    linear, to_linear = tmp_path / "linear", ["--to", "linear"]
+    state("convert", swtpm, *to_linear, "--out", linear)
     to_crbd, to_swtpm = ["--to", "crbd"], ["--to", "swtpm"]
     cases: list[tuple[int, str, list[str | Path]]] = [
         (2, "--out --in-place is required", [plain, *to_swtpm]),
@@ -278,6 +299,14 @@ def test_refusals(tmp_path: Path) -> None:
         (43, "is not encrypted", [plain, *to_swtpm, *out, *key]),
         (42, "under way", [plain, *to_swtpm, *out]),
         (10, "not empty", [plain, *to_crbd, *new, "--out", swtpm]),
+        (2, "not converted in place", [linear, *to_crbd, "--in-place"]),
+        (2, "not converted in place", [swtpm, *to_linear, "--in-place"]),
+        (2, "in the linear layout already", [linear, *to_linear, *out]),
+        (2, "use --swtpm-key, or none", [swtpm, *to_linear, *out, *key]),
+        (2, "use --swtpm-key, or none", [linear, *to_swtpm, *out, "--plain"]),
+        (10, "exists", [swtpm, *to_linear, "--out", linear]),
+        (43, "is not encrypted", [linear, *to_swtpm, *out, *theirs]),
+        (19, "not swtpm's linear file", [plain / FILE_NAME, *to_swtpm, *out]),
         (11, "no TPM state", [tmp_path / "absent", *to_crbd, *out]),
         (20, "libtpms", [swtpm, *to_crbd, *out, "--libtpms", "/no/such/libtpms.so"]),
     ]
