@@ -1,0 +1,270 @@
+"""`swtpm`: crbd behind swtpm's command line, doing what swtpm 0.11 does in swtpm's order.
+
+Absent state is made, as swtpm's callers expect; state that exists and cannot be read ends the start. Every failure is
+exit status 1, with the reason on stderr and in the log, if there is one. docs/swtpm-compat.md tells what differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from crbd.compat.swtpm_endpoints import endpoints_of
+from crbd.compat.swtpm_grammar import GetoptError
+from crbd.compat.swtpm_keys import read_key
+from crbd.compat.swtpm_log import DEFAULT_PREFIX, start_log
+from crbd.compat.swtpm_options import CommandLine, HelpWantedError, parse
+from crbd.compat.swtpm_printing import INFO_PROFILES, VERSION, capabilities_json, socket_usage, spare_engine, usage
+from crbd.compat.swtpm_profile import profile_of
+from crbd.compat.swtpm_state import StatePlace, open_place, place_of, states_json
+from crbd.engine.libtpms import LibtpmsEngine
+from crbd.engine.port import Engine, StatePort
+from crbd.errors import EndpointError, EngineError, OperatorError, StoreError, UsageError
+from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.process import Background, become, change_root, find_user
+from crbd.service.instance import Instance
+from crbd.service.options import InstanceOptions, Startup
+from crbd.systemd.notify import notify
+
+log = logging.getLogger(__name__)
+
+_LIBTPMS_LEVEL = 5
+"""The first level of `--log` at which libtpms traces."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 0 or 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    program = sys.argv[0]
+    match arguments[:1]:
+        case []:
+            print("Missing TPM interface type.", file=sys.stderr)
+            return 1
+        case ["socket"]:
+            return _socket(program, arguments[1:])
+        case ["-h" | "--help"]:
+            print(usage(program), end="")
+        case ["-v" | "--version"]:
+            print(VERSION)
+        case other:
+            print(f"Unsupported TPM interface type '{other[0]}'.\n{usage(program)}", end="", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _socket(program: str, arguments: Sequence[str]) -> int:
+    reporter = _Reporter()
+    try:
+        line = parse(arguments)
+        return _run(line, reporter)
+    except HelpWantedError:
+        print(socket_usage(program), end="")
+        return 0
+    except GetoptError as error:
+        print(f"{error}\n{socket_usage(program)}", end="", file=sys.stderr)
+    except (OperatorError, StoreError, EngineError) as error:
+        reporter.report(error)
+    return 1
+
+
+class _Reporter:
+    """Says why the start failed, where its operator looks."""
+
+    def __init__(self) -> None:
+        self.has_log = False
+
+    def report(self, error: OperatorError | StoreError | EngineError) -> None:
+        lines = [str(error)]
+        if isinstance(error, EndpointError) and isinstance(error.__cause__, OSError):
+            # The line that callers of swtpm know, and the one that says which socket it is.
+            kind = "UnixIO" if " unix:" in error.what else "TCP"
+            lines.insert(0, f"Could not open {kind} socket: {error.__cause__.strerror}")
+        for text in lines:
+            print(f"{DEFAULT_PREFIX}{text}", file=sys.stderr)
+            if self.has_log:
+                log.error("%s", text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be served, and how."""
+
+    daemon: DaemonOptions
+    place: StatePlace | None
+    profile: str | None
+    log_descriptor: int | None
+    log_level: int
+
+    def make_engine(self, port: StatePort) -> Engine:
+        """libtpms, with its messages in the log from level 5 on."""
+        level = max(0, self.log_level - _LIBTPMS_LEVEL + 1)
+        descriptor = 2 if self.log_descriptor is None and level else self.log_descriptor
+        engine = LibtpmsEngine(port, debug_fd=descriptor, debug_level=level)
+        if self.profile is not None:
+            try:
+                engine.set_profile(self.profile)
+            except EngineError:
+                engine.close()
+                raise UsageError("--profile: libtpms does not take it", "see --print-profiles") from None
+        return engine
+
+
+def _run(line: CommandLine, reporter: _Reporter) -> int:
+    user = find_user(line.texts["--runas"]) if "--runas" in line.texts else None
+    background = Background() if line.daemon else None
+    if "--chroot" in line.texts:
+        change_root(Path(line.texts["--chroot"]))
+    if user is not None:
+        become(user)
+    log_values = line.values("--log")
+    log_descriptor = start_log(log_values)
+    reporter.has_log = log_descriptor is not None
+    if line.print_capabilities:
+        print(capabilities_json())
+        return 0
+    if not line.tpm2:
+        raise UsageError("Error: TPM 1.2 is not supported by libtpms.")
+    if line.print_states:
+        endpoints_of(line, os.environ)
+        print(_states(line), end="")
+        return 0
+    if line.print_profiles:
+        endpoints_of(line, os.environ)
+        print(_profiles(), end="")
+        return 0
+    plan = _plan(line, log_descriptor, 0 if log_values is None else log_values.number("level") or 0)
+    if line.print_info:
+        print(_info(plan, line.print_info))
+        return 0
+    _serve(plan, background)
+    return 0
+
+
+def _plan(line: CommandLine, log_descriptor: int | None, log_level: int) -> _Plan:
+    """Every option that is left, in swtpm's order. Raises UsageError."""
+    endpoints = endpoints_of(line, os.environ)
+    key, migration_key = (
+        None if values is None else read_key(values)
+        for values in (line.values("--key"), line.values("--migration-key"))
+    )
+    pid_file = _pid_file(line)
+    locality = line.values("--locality")
+    place = place_of(line.values("--tpmstate"), os.environ)
+    _refuse_filters(line)
+    startup = _startup(line)
+    flags = line.values("--flags")
+    migration = line.values("--migration")
+    instance = InstanceOptions(
+        startup=startup,
+        may_manufacture=True,
+        auto_shutdown=flags is None or not flags.flag("disable-auto-shutdown"),
+        reject_locality_4=locality is not None and locality.flag("reject-locality-4"),
+        allow_set_locality=locality is not None and locality.flag("allow-set-locality"),
+        file_key=key,
+        migration_key=migration_key,
+        incoming=migration is not None and migration.flag("incoming"),
+        release_lock_outgoing=migration is not None and migration.flag("release-lock-outgoing"),
+    )
+    daemon = DaemonOptions(
+        ctrl=endpoints.ctrl,
+        data=endpoints.data,
+        instance=instance,
+        pid_file=pid_file,
+        disconnect=endpoints.disconnect,
+        end_with_data_client=endpoints.end_with_data_client,
+        end_with_ctrl_client=endpoints.end_with_ctrl_client,
+    )
+    profile = line.values("--profile")
+    return _Plan(daemon, place, None if profile is None else profile_of(profile), log_descriptor, log_level)
+
+
+def _pid_file(line: CommandLine) -> Path | int | None:
+    values = line.values("--pid")
+    if values is None:
+        return None
+    path, number = values.string("file"), values.descriptor("fd")
+    if path is None and number is None:
+        raise UsageError("The file or fd parameter is required for the pid option.")
+    return number if path is None else Path(path)
+
+
+def _refuse_filters(line: CommandLine) -> None:
+    """What swtpm is built without at times, and this never has. Raises UsageError."""
+    seccomp = line.values("--seccomp")
+    if seccomp is not None and (action := seccomp.string("action") or "kill") != "none":
+        raise UsageError(f"Unsupported seccomp action {action}", "there is no filter here: use action=none")
+    if line.values("--pcap") is not None:
+        raise UsageError("--pcap is not supported", "leave it out")
+
+
+def _startup(line: CommandLine) -> Startup:
+    flags = line.values("--flags")
+    if flags is None:
+        return Startup.NEED_INIT
+    if flags.flag("startup-clear"):
+        return Startup.CLEAR
+    if flags.flag("startup-state"):
+        return Startup.STATE
+    if flags.flag("startup-deactivated"):
+        raise UsageError("TPM 2 does not support startup deactivated.")
+    return Startup.POWER_ON if flags.flag("not-need-init") else Startup.NEED_INIT
+
+
+def _states(line: CommandLine) -> str:
+    place = place_of(line.values("--tpmstate"), os.environ)
+    if place is None or "--tpmstate" not in line.texts:
+        raise UsageError("Error: --tpmstate option is required for --print-states")
+    return states_json(place)
+
+
+def _profiles() -> str:
+    engine = spare_engine()
+    try:
+        return engine.info(INFO_PROFILES) if engine.supports_profiles else ""
+    finally:
+        engine.close()
+
+
+def _info(plan: _Plan, flags: int) -> str:
+    """What libtpms says; of the TPM in the state, where a state is named, which is made if there is none."""
+    if plan.place is None:
+        engine = spare_engine()
+        try:
+            return engine.info(flags)
+        finally:
+            engine.close()
+    store = open_place(plan.place, plan.daemon.instance.file_key, lock=True)
+    options = InstanceOptions(startup=Startup.POWER_ON, may_manufacture=True, auto_shutdown=False)
+    instance = Instance(plan.make_engine, store, options)
+    try:
+        instance.check()
+        instance.begin()
+        return instance.info(flags)
+    finally:
+        instance.close()
+
+
+def _serve(plan: _Plan, background: Background | None) -> None:
+    if plan.daemon.ctrl is None and plan.daemon.data is None:
+        raise UsageError("there is no socket to serve", "give --ctrl, --server or --port")
+    if plan.place is None:
+        raise UsageError("Error: nothing says where the TPM's state is", "give --tpmstate dir=DIR or set TPM_PATH")
+    instance = plan.daemon.instance
+    store = open_place(plan.place, instance.file_key, lock=not instance.incoming)
+
+    def ready() -> None:
+        if background is not None:
+            background.finish()
+        try:
+            notify("READY=1")
+        except OSError as error:
+            log.warning("the service manager could not be told: %s", error.strerror)
+
+    trio.run(partial(serve, plan.daemon, store, plan.make_engine, ready=ready))

@@ -1,0 +1,1 @@
+"""What systemd offers a service, without its library."""
