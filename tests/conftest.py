@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from hypothesis import settings
+
+# What the launchers of a checkout that is not installed run on.
+os.environ.setdefault("CRBD_PYTHON", sys.executable)
 
 settings.register_profile("quick", max_examples=200, deadline=None)
 settings.register_profile("nightly", max_examples=50_000, deadline=None)

@@ -25,14 +25,14 @@ def run(_: argparse.Namespace) -> int:
 
 
 def find_directory() -> Path:
-    """Where the launchers were installed. Raises OperatorError."""
+    """Where the launchers were installed, or lie in the checkout that this is. Raises OperatorError."""
+    candidates = [Path(__file__).parents[2] / _LAUNCHER]
     try:
         recorded = files("crbd") or []
     except PackageNotFoundError:
         recorded = []
-    for file in recorded:
-        if file.as_posix().endswith(_LAUNCHER):
-            launcher = Path(str(file.locate())).resolve()
-            if launcher.is_file():
-                return launcher.parent
+    candidates[:0] = [Path(str(file.locate())) for file in recorded if file.as_posix().endswith(_LAUNCHER)]
+    for launcher in candidates:
+        if launcher.is_file():
+            return launcher.parent.resolve()
     raise OperatorError("the commands in swtpm's place are not installed", "install crbd: pip install .")

@@ -54,8 +54,8 @@ def capabilities_json() -> str:
     """What this swtpm can do: what stands here works. Raises EngineMissingError, EngineError."""
     engine = spare_engine()
     try:
-        attributes: dict[str, Any] = json.loads(engine.info(INFO_FEATURES)).get("TPMAttributes", {})
-        sizes = [f"rsa-keysize-{size}" for size in attributes.get("RSAKeySizes", ())]
+        told: dict[str, Any] = json.loads(engine.info(INFO_FEATURES)).get("TPMFeatures", {})
+        sizes = [f"rsa-keysize-{size}" for size in told.get("RSAKeySizes", ())]
         with_profiles = _WITH_PROFILES if engine.supports_profiles else ()
         profiles = _profiles(engine) if engine.supports_profiles else ""
     finally:
