@@ -69,11 +69,13 @@ def provision(
     _check(options, signer)
     with RunMark(directory) as mark:
         there = store.load(StateKind.PERMANENT) is not None
-        notes = _interruption(there=there) if mark.was_interrupted else ()
+        notes: tuple[str, ...] = _interruption(there=there) if mark.was_interrupted else ()
         if there and options.existing is Existing.KEEP:
             return ProvisionReport(Outcome.KEPT, notes=notes)
         _check_existing(store, options, there=there)
         keeps = there and options.existing is not Existing.REPLACE
+        if keeps and options.profile is not None:
+            notes += ("the TPM that is there keeps its profile",)
         staged = StagedStore(store, keeps=keeps)
         with powered(staged, make_engine, profile=None if keeps else options.profile, new=not keeps) as instance:
             description = TpmDescription.parse(instance.info(TpmDescription.INFO_FLAGS))
@@ -253,9 +255,7 @@ def _check_existing(store: Store, options: ProvisionOptions, *, there: bool) -> 
             raise StateAbsentError(f"there is no TPM state in {store.name}", "provision a new TPM first")
         return
     if existing is Existing.REFUSE:
-        raise StateError(
-            f"there is a TPM in {store.name} already", "complete it or replace it, or name another place"
-        )
+        raise StateError(f"there is a TPM in {store.name} already", "complete it or replace it, or name another place")
     if existing is not Existing.REPLACE and store.load(StateKind.VOLATILE) is not None:
         raise StateError(
             f"the TPM in {store.name} is suspended: its volatile state is stored", "let its machine go on and shut down"

@@ -227,6 +227,12 @@ def test_a_tpm_that_says_not_what_it_is_is_refused() -> None:
         provision(MemoryStore(), P256, None, FakeEngine)
 
 
+def test_a_tpm_that_is_there_keeps_its_profile() -> None:
+    store, _ = make(P256)
+    _, report = make(replace(P256, existing=Existing.COMPLETE, profile='{"Name":"custom"}'), store)
+    assert report.notes == ("the TPM that is there keeps its profile",)
+
+
 # -- where a TPM is
 
 
