@@ -18,6 +18,7 @@ remedy.) After a failed sync of the head either head may be on disk, and what ei
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.files import BlockFile, RegularFile
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
 from crbd.store.side import SideFile
+
+log = logging.getLogger(__name__)
 
 MAGIC = b"nilmptws"
 VERSION = 1
@@ -217,7 +220,7 @@ class LinearStore:
             self._refuse_if_fenced(file)
             blobs = {kind: self._carry_over(file, kind) for kind in self._sections.keys() - changes.keys()}
             if side is not None and after is not None:
-                self._side.prepare(before, after, side)
+                self._keep_side(before, after, side)
             new = {kind: encode_file(data, self._key) for kind, data in changes.items() if data is not None}
             self._write(file, blobs | new)
             if not file.published:
@@ -267,6 +270,15 @@ class LinearStore:
         """Raises StateDamagedError where volatile state lies without the permanent state it belongs to."""
         if self._sections and StateKind.PERMANENT not in self._sections:
             raise StateDamagedError(f"{self._path} holds no permanent state, but what belongs to one", _RESTORE)
+
+    def _keep_side(self, before: bytes | None, after: bytes, side: SideState) -> None:
+        """Beside a device there is no place for it: /dev is not on the disk. Raises OSError."""
+        if self._path.is_block_device():
+            log.warning(
+                "%s is a device: its registers are not kept, and the TPM starts with them as after a reset", self._path
+            )
+            return
+        self._side.prepare(before, after, side)
 
     def _set_mode(self) -> None:
         """Of a regular file; a device's is its administrator's. Raises OSError."""
