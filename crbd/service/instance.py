@@ -195,9 +195,9 @@ class Instance:
         """
         with self._lock:
             thaw_tpm(self._engine, self._state, self._blobs, frozen, name)
+            self._registers.thaw(snapshot_of(frozen.registers))
+            self._device = self._registers.device
             if frozen.facts.powered:
-                self._registers.thaw(snapshot_of(frozen.registers))
-                self._device = self._registers.device
                 self._store.use_engine(stamp_of(self._engine))
                 self._powered = self._ready = True
             self._adopt(frozen.session)
@@ -349,7 +349,7 @@ class Instance:
             self._go_on()
             blob = self._blobs.hand_out(kind, self._session, decrypted=decrypted, offset=offset)
             if kind is StateKind.SAVESTATE and self._options.release_lock_outgoing:
-                self._custody.give_up(self._blobs.plain)
+                self._custody.give_up()
                 self._ready = False
         return blob
 

@@ -10,7 +10,7 @@ Where both have a store of their own, that is all. Where they share one (`releas
 there), the lock says who may run the TPM. The source gives it up when the savestate blob was asked for, which is the
 last thing a client asks for; the destination takes it with the first blob, before anything is written. A source that
 is told to go on (a command, LOCK_STORAGE) takes the lock back and compares what lies in the store with what it left
-there or handed out. Equal: the destination has not worked on it, and the TPM in memory is the TPM. Different: the TPM
+there. Equal: the destination has not worked on it, and the TPM in memory is the TPM. Different: the TPM
 lives on over there, and this one never answers again before an INIT makes it anew from the store. A source that has
 given the lock up and is not told to go on writes nothing more, not even a TPM2_Shutdown; a destination that has run no
 command yet writes nothing but what it was handed, so that it can fail without harm.
@@ -19,7 +19,7 @@ command yet writes nothing but what it was handed, so that it can fail without h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from hashlib import sha256
 
 from crbd.engine.port import Engine
@@ -48,8 +48,6 @@ class StateBlobs:
         self._state = state
         self._options = options
         self._going_out: dict[tuple[StateKind, bool], bytes] = {}
-        self.plain: dict[StateKind, bytes] = {}
-        """The state last handed out, without its frame and keys."""
         self.handed_in: frozenset[StateKind] = frozenset()
         """The kinds that the next power-on takes from blobs."""
         self.session: Session | None = None
@@ -79,7 +77,6 @@ class StateBlobs:
             self._state.commit()
         if data is None:
             return None
-        self.plain[kind] = data
         blob = encode_migration(
             data,
             self._options.migration_key,
@@ -115,7 +112,6 @@ class StateBlobs:
     def forget(self) -> None:
         """The TPM was powered on or off: what was handed in is used up, what goes out is of another time."""
         self._going_out.clear()
-        self.plain.clear()
         self.handed_in = frozenset()
         self.session = None
 
@@ -130,9 +126,8 @@ class Custody:
         self._store = store
         self._state = state
         self._patience = options.lock_retries
-        self._left: dict[StateKind, set[bytes]] = {}
-        """Digests of what may lie in the store if nobody worked on it since the lock was given up; empty where it was
-        not."""
+        self._left: dict[StateKind, bytes] = {}
+        """Digests of what lay in the store when the lock was given up; empty where it was not."""
         self._retries = 0
 
     @property
@@ -150,13 +145,11 @@ class Custody:
             self._lock(self._patience if retries is None else retries)
         self._left = {}
 
-    def give_up(self, handed_out: Mapping[StateKind, bytes]) -> None:
-        """The TPM may go on elsewhere, from `handed_out`. Raises StoreError (the lock is kept then), StateError."""
+    def give_up(self) -> None:
+        """The TPM may go on elsewhere. Raises StoreError (the lock is kept then), StateError."""
+        # What a destination stores when it starts is what it was handed: no other than what is committed here.
         self._state.commit()
-        self._left = {kind: {_digest(self._store.load(kind))} for kind in StateKind}
-        # The destination stores it as it got it, which may be younger than what was last stored here.
-        if StateKind.PERMANENT in handed_out:
-            self._left[StateKind.PERMANENT].add(_digest(handed_out[StateKind.PERMANENT]))
+        self._left = self._digests()
         self._store.release()
         self._retries = self._patience
 
@@ -171,12 +164,16 @@ class Custody:
         if retries is None:
             retries, self._retries = self._retries, 0
         self._lock(retries)
-        if self._left and any(_digest(self._store.load(kind)) not in left for kind, left in self._left.items()):
+        if self._left and self._digests() != self._left:
             self._store.release()
             raise StoreFencedError(
                 f"{self._store.name} was changed since its lock was given up: the TPM goes on elsewhere, not here"
             )
         self._left = {}
+
+    def _digests(self) -> dict[StateKind, bytes]:
+        found = {kind: self._store.load(kind) for kind in StateKind}
+        return {kind: b"" if data is None else sha256(data).digest() for kind, data in found.items()}
 
     def _lock(self, retries: int) -> None:
         for _ in range(retries):
@@ -190,7 +187,3 @@ class Custody:
             self._store.lock()
         # Whatever was known of the disk is old.
         self._state.forget()
-
-
-def _digest(data: bytes | None) -> bytes:
-    return b"" if data is None else sha256(data).digest()

@@ -90,15 +90,19 @@ def test_the_source_is_answered_with_failure_while_the_destination_runs(path: Pa
     destination.close()
 
 
-def test_a_source_that_has_handed_over_writes_nothing_at_its_end(path: Path, layout: Layout) -> None:
+def test_a_source_that_has_handed_over_writes_nothing_at_its_end(
+    path: Path, layout: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it try."""
     source = started(path, layout)
     blobs_of(source)
     before = _contents(path)
     source.close()
     assert _contents(path) == before
+    assert caplog.records == []
 
 
-@pytest.mark.parametrize("resume", ["command", "LOCK_STORAGE", "hash sequence"])
+@pytest.mark.parametrize("resume", ["command", "LOCK_STORAGE", "hash sequence", "STORE_VOLATILE"])
 def test_a_source_goes_on_where_nobody_took_the_lock(path: Path, layout: Layout, resume: str) -> None:
     source = started(path, layout)
     blobs_of(source)
@@ -107,6 +111,8 @@ def test_a_source_goes_on_where_nobody_took_the_lock(path: Path, layout: Layout,
             assert run(source, EXTEND) == c.SUCCESS
         case "LOCK_STORAGE":
             source.lock_storage(300)
+        case "STORE_VOLATILE":
+            source.store_volatile()
         case _:
             source.hash_start()
     with pytest.raises(StateLockedError):
@@ -183,6 +189,37 @@ def test_a_destination_without_blobs_starts_from_the_storage(path: Path, layout:
     assert run(destination, c.STARTUP_CLEAR) == c.SUCCESS
     assert c.nv_value(destination.execute(c.nv_read(8))) == b"lie here"
     destination.close()
+
+
+def test_a_destination_that_measured_a_launch_shuts_its_tpm_down(path: Path, layout: Layout) -> None:
+    """That is use, though it is no command: the source must not go on."""
+    source, destination = started(path, layout), destination_at(path, layout)
+    receive(destination, blobs_of(source))
+    destination.hash_start()
+    destination.hash_end()
+    destination.close()
+    with pytest.raises(StoreFencedError):
+        source.lock_storage(0)
+    source.close()
+
+
+def test_state_that_comes_back_is_stored_though_it_is_what_was_here_before(path: Path, layout: Layout) -> None:
+    """A snapshot of that time, say: what was once written is no longer what lies there."""
+    source, other = started(path, layout), destination_at(path, layout)
+    run(source, c.nv_write(b"snapshot"))
+    blobs = blobs_of(source)
+    source.stop()
+    receive(other, blobs)
+    run(other, c.nv_write(b"younger!"))
+    other.close()
+    receive(source, blobs)
+    assert c.nv_value(source.execute(c.nv_read(8))) == b"snapshot"
+    source.state_blob(SAVESTATE)
+    source.close()
+    again = source_at(path, layout)
+    assert run(again, c.STARTUP_CLEAR) == c.SUCCESS
+    assert c.nv_value(again.execute(c.nv_read(8))) == b"snapshot"
+    again.close()
 
 
 def test_there_and_back_again(path: Path, layout: Layout) -> None:
