@@ -95,6 +95,7 @@ def test_only_the_first_ek_has_a_platform_certificate() -> None:
     _, report = make(replace(CERTIFIED, endorsement_keys=keys), signer=signer)
     assert [kind for kind, _ in signer.requests] == ["ek", "platform", "ek"]
     assert [key.handle for key in report.keys] == [0x81010016, EK]
+    assert [index.index for index in report.indices] == [0x01C00016, templates.PLATFORM_CERTIFICATE_INDEX, CERTIFICATE]
 
 
 def test_a_certificate_longer_than_one_nv_command() -> None:

@@ -135,11 +135,16 @@ def test_what_the_tpm_refuses_is_an_error_with_its_remedy(code: int, remedy: str
         refusing.create_primary(key.hierarchy, key.template)
 
 
+def test_the_storage_root_key_is_the_one_of_tpm2_tools_and_swtpm_setup() -> None:
+    template = templates.storage_key(KeyAlgorithm.ECC_P256).template
+    assert (template.attributes, template.policy, template.aes_bits) == (0x30472, b"", 128)
+    assert template.unique == template.unique_y == bytes(32)
+
+
 def test_device_keys_sign_and_are_told_apart() -> None:
     iak = templates.attestation_key(KeyAlgorithm.RSA_2048)
     idevid = templates.device_identity_key(KeyAlgorithm.RSA_2048)
-    assert Attribute.RESTRICTED in iak.template.attributes
-    assert Attribute.RESTRICTED not in idevid.template.attributes
+    assert (iak.template.attributes, idevid.template.attributes) == (0x500F2, 0x400F2)
     assert (iak.template.scheme, idevid.template.scheme) == (Scheme.RSAPSS, Scheme.NONE)
     assert (iak.handle, idevid.handle) == (0x81020001, 0x81020000)
     for policies in (templates.IAK_POLICY, templates.IDEVID_POLICY):
