@@ -30,6 +30,7 @@ START_SECONDS = 0.300
 STORES: dict[str, Callable[[Path], list[str]]] = {
     "crbd": lambda place: ["--state", str(place / "state")],
     "swtpm": lambda place: ["--state", str(place / "state"), "--layout", "swtpm"],
+    "linear": lambda place: ["--state", str(place / "state"), "--layout", "linear"],
 }
 
 KILLS = -(-200 // len(STORES))
