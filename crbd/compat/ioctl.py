@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from crbd.compat import ioctl_commands as commands
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _take_command(line: CommandLine, option: Option, arguments: Arguments) -> None:
     """The option names a command. Raises UsageError for a value that cannot be one, and for a second command."""
+    if "=" in option.written:
+        # swtpm_ioctl takes the whole argument for the value then, and so does not understand it.
+        option = replace(option, value=option.written)
     action = commands.action(option, arguments)
     dashes = "-" if len(option.name) == 1 else "--"
     if option.written != dashes + option.name:
