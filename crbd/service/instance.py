@@ -154,8 +154,7 @@ class Instance:
         with self._lock:
             self._power_off()
             try:
-                if self._custody.held:
-                    self._state.commit()
+                self._state.commit()
             except StoreError as error:
                 log.error("%s; the last change to the TPM is lost", error)
             self._engine.close()
