@@ -224,6 +224,13 @@ class DaemonError(OperatorError):
     meaning = "a running daemon could not be asked, or does not know what it was asked"
 
 
+class HandoverError(OperatorError):
+    """What the daemon before this one handed over cannot be gone on with."""
+
+    exit_code = 33
+    meaning = "what a running daemon handed over for its upgrade cannot be gone on with"
+
+
 class AuthorityError(OperatorError):
     """The certificate authority cannot be used, or did not issue what it was asked for."""
 

@@ -19,6 +19,7 @@ from crbd.engine.port import Engine, StatePort
 from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import parse_endpoint
+from crbd.server.succession import Inheritance, Program, inheritance, rehearse
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.keys import UserKey
 from crbd.state.swtpm_sealing import SwtpmKey
@@ -105,9 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the end; returns 0. Raises OperatorError when the start fails."""
+    program = Program.of_this_process()
+    inherited = inheritance()
     logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="crbd: %(levelname)s: %(message)s")
-    swtpm_key = None if arguments.swtpm_key is None else read_swtpm_key(arguments.swtpm_key, "--swtpm-key")
-    options = _daemon_options(arguments, swtpm_key)
+    swtpm_key = _swtpm_key(arguments.swtpm_key, "--swtpm-key", inherited, "file")
+    options = _daemon_options(arguments, swtpm_key, inherited)
     if arguments.state is not None and arguments.ephemeral:
         raise UsageError("--state and --ephemeral exclude each other", "give one of them")
     if arguments.state is None and not arguments.ephemeral:
@@ -115,9 +118,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ephemeral:
         _refuse_beside_ephemeral(arguments)
     make_engine = partial(_make_engine, library=arguments.libtpms)
-    store: Store = MemoryStore() if arguments.ephemeral else _open_state(arguments, swtpm_key)
-    trio.run(partial(serve, options, store, make_engine))
+    if inherited is not None and inherited.trial:
+        rehearse(inherited, options.instance, make_engine)
+        return 0
+    if arguments.ephemeral:
+        store: Store = MemoryStore(None if inherited is None else inherited.handover.held)
+    else:
+        store = _open_state(arguments, swtpm_key, inherited)
+    trio.run(partial(serve, options, store, make_engine, program=program, inherited=inherited))
     return 0
+
+
+def _swtpm_key(spec: str | None, option: str, inherited: Inheritance | None, name: str) -> SwtpmKey | None:
+    """The key of an option; from the process before this one where there was one, as it may be there no more."""
+    if spec is None:
+        return None
+    return read_swtpm_key(spec, option) if inherited is None else inherited.swtpm_key(name)
 
 
 def _refuse_beside_ephemeral(arguments: argparse.Namespace) -> None:
@@ -129,36 +145,43 @@ def _refuse_beside_ephemeral(arguments: argparse.Namespace) -> None:
             )
 
 
-def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> Store:
+def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None) -> Store:
     keys: list[UserKey] = []
-    if arguments.key is not None:
+    data_key = b"" if inherited is None else inherited.handover.secrets.get("seal", b"")
+    if arguments.key is not None and not data_key:
         keys.append(read_key(arguments.key))
-    if arguments.passphrase is not None:
+    if arguments.passphrase is not None and not data_key:
         keys.append(read_passphrase(arguments.passphrase))
     incoming = "incoming" in _migration(arguments)
     return open_state(
         arguments.state,
         create=arguments.create or incoming,
         layout=None if arguments.layout is None else Layout(arguments.layout),
-        new=NewTpm(arguments.name, tuple(keys)),
+        new=NewTpm(arguments.name, tuple(keys), data_key),
         swtpm_key=swtpm_key,
-        lock=not incoming,
+        lock=not incoming or inherited is not None,
         uuid=arguments.uuid,
     )
 
 
-def _daemon_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> DaemonOptions:
+def _daemon_options(
+    arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None
+) -> DaemonOptions:
     if arguments.ctrl is None and arguments.data is None:
         raise UsageError("there is no socket to serve", "give --ctrl, --data or both")
     return DaemonOptions(
         ctrl=None if arguments.ctrl is None else parse_endpoint(arguments.ctrl, "--ctrl"),
         data=None if arguments.data is None else parse_endpoint(arguments.data, "--data"),
-        instance=_instance_options(arguments, swtpm_key),
+        instance=_instance_options(arguments, swtpm_key, inherited),
         pid_file=arguments.pid,
+        # A terminal that is closed hangs up on what was started from it; that one is not to live on without it.
+        upgrade_at_hangup=not sys.stderr.isatty(),
     )
 
 
-def _instance_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None) -> InstanceOptions:
+def _instance_options(
+    arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None
+) -> InstanceOptions:
     flags = _settings(arguments.flags, "--flags", FLAGS)
     locality = _settings(arguments.locality, "--locality", LOCALITY_SETTINGS)
     startups = {name for name in flags if name.startswith("startup-")}
@@ -181,7 +204,7 @@ def _instance_options(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None)
         reject_locality_4="reject-locality-4" in locality,
         allow_set_locality="allow-set-locality" in locality,
         file_key=swtpm_key,
-        migration_key=None if migration_key is None else read_swtpm_key(migration_key, "--migration-key"),
+        migration_key=_swtpm_key(migration_key, "--migration-key", inherited, "migration"),
         incoming="incoming" in migration,
         release_lock_outgoing="release-lock-outgoing" in migration,
     )

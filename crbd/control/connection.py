@@ -127,6 +127,10 @@ class ControlConnection:
         """The oldest event that has not been fetched, or None: more bytes are needed, or the end has come."""
         return self._events.popleft() if self._events else None
 
+    def put_back(self, event: Event) -> None:
+        """Make the event that was fetched last the oldest one again."""
+        self._events.appendleft(event)
+
     def unclaimed_fds(self) -> tuple[int, ...]:
         """Descriptors that no request took or will take. They are the caller's to close, and not told again."""
         unclaimed = tuple(self._unclaimed)

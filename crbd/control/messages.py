@@ -14,6 +14,7 @@ from crbd.control.replies import (
     Established,
     Failure,
     Info,
+    Outcome,
     Registers,
     Reply,
     StateBlob,
@@ -42,6 +43,7 @@ from crbd.control.requests import (
     StateFlag,
     Stop,
     StoreVolatile,
+    Upgrade,
 )
 from crbd.control.spec import (
     BY_REQUEST,
@@ -81,6 +83,7 @@ __all__ = [
     "Init",
     "InitFlag",
     "LockStorage",
+    "Outcome",
     "Registers",
     "Reply",
     "Request",
@@ -94,6 +97,7 @@ __all__ = [
     "StateFlag",
     "Stop",
     "StoreVolatile",
+    "Upgrade",
     "decode_reply",
     "decode_request",
     "encode_reply",

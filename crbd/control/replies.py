@@ -115,10 +115,29 @@ class Registers:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """Whether it was done, and in UTF-8 what there is to say of it, or why it was not. crbd's own."""
+
+    done: bool
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error: the result alone, whatever the success reply would have held. `result` is never 0."""
 
     result: int
 
 
-Reply = Done | Capabilities | Established | StateBlob | Config | BufferSizes | Info | Registers | Failure
+Reply = (
+    Done
+    | Capabilities
+    | Established
+    | StateBlob
+    | Config
+    | BufferSizes
+    | Info
+    | Registers
+    | Outcome
+    | Failure
+)

@@ -150,6 +150,11 @@ class GetRegisters:
     """Show the CRB registers as they are now, without touching them. crbd's own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """Put the program that is installed now in the place of this process, with all its clients. crbd's own."""
+
+
 Request = (
     GetCapability
     | Init
@@ -171,4 +176,5 @@ Request = (
     | GetInfo
     | LockStorage
     | GetRegisters
+    | Upgrade
 )

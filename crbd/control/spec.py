@@ -26,6 +26,8 @@ MAX_STATE_BLOB = 512 << 10
 """The longest state blob in bytes (swtpm's limit for SET_STATEBLOB)."""
 MAX_INFO = 3 << 10
 """The most text bytes in one reply of GET_INFO (PTM_GETINFO_SIZE)."""
+MAX_OUTCOME = 4 << 10
+"""The most text bytes that say how something of crbd's own went."""
 MAX_PAGES = 5 << 12
 """Most bytes of register pages: five localities."""
 PADDING = 3
@@ -124,6 +126,7 @@ class Command:
 
 _EMPTY = Layout()
 _LOCALITY = Layout((Number("locality", 1),))
+_OUTCOME = Layout((Number("done", 4, bool), Data("text", MAX_OUTCOME)))
 
 COMMANDS: tuple[Command, ...] = (
     Command(
@@ -229,6 +232,12 @@ COMMANDS: tuple[Command, ...] = (
         0xC0, "GET_REGISTERS", Capability(0), requests.GetRegisters, _EMPTY,
         replies.Registers, Layout((Number("localities", 4), Data("pages", MAX_PAGES))), Needs.ANYTHING,
         "Shows the CRB registers as they are: a 4 KiB page per locality. crbd's own; any client may ask at any time.",
+        while_executing=True, extension=True,
+    ),
+    Command(
+        0xC1, "UPGRADE", Capability(0), requests.Upgrade, _EMPTY, replies.Outcome, _OUTCOME, Needs.ANYTHING,
+        "Puts the crbd that is installed now in the place of the running process; no client notices. Answered by the "
+        "new one, or by the old one with what was in the way. crbd's own; any client may ask at any time.",
         while_executing=True, extension=True,
     ),
 )  # fmt: skip

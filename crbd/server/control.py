@@ -14,15 +14,19 @@ import math
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from enum import Enum
 
 import trio
 
 from crbd.control import messages as m
+from crbd.control import spec
 from crbd.control.connection import ControlConnection, Received, Rejected
 from crbd.control.spec import BY_REQUEST
 from crbd.server.accepting import accept
+from crbd.server.frost import Frost, FrozenError
 from crbd.service.control import ControlService
+from crbd.state.handover import ControlLink
 from crbd.tpm.results import TpmResult
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,8 @@ class ControlChannel:
 
     `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken. `shut_down`
     is called after SHUTDOWN has been answered. `gone` is called when a client is gone that had the channel, or that
-    said nothing while nobody had it.
+    said nothing while nobody had it. `upgrade` answers UPGRADE: with what is in the way, or with None, and then frost
+    falls.
     """
 
     def __init__(
@@ -55,23 +60,34 @@ class ControlChannel:
         service: ControlService,
         attach: Callable[[int], Awaitable[bool]],
         shut_down: Callable[[], None],
+        upgrade: Callable[[], Awaitable[str | None]],
         *,
         gone: Callable[[], None] | None = None,
     ) -> None:
         self._service = service
         self._attach = attach
         self._shut_down = shut_down
+        self._upgrade = upgrade
         self._gone = gone
         self._turn = trio.Lock()
+        self.frost = Frost()
+        self.frozen: list[tuple[ControlLink, socket.socket]] = []
+        """The clients that frost stopped, and their sockets, which belong to whoever takes them."""
 
     async def serve_listener(self, listener: socket.socket) -> None:
         """Serve the clients of a listening socket, for ever."""
         accepting = trio.socket.from_stdlib_socket(listener)
         places = trio.Semaphore(MAX_CLIENTS)
         async with trio.open_nursery() as nursery:
-            while True:
-                await places.acquire()
-                nursery.start_soon(self._serve_at, places, await accept(accepting))
+            try:
+                while True:
+                    with self.frost.point():
+                        await places.acquire()
+                    with self.frost.point():
+                        accepted = await accept(accepting)
+                    nursery.start_soon(self._serve_at, places, accepted)
+            except FrozenError:
+                return
 
     async def _serve_at(self, places: trio.Semaphore, accepted: trio.socket.SocketType) -> None:
         try:
@@ -79,12 +95,29 @@ class ControlChannel:
         finally:
             places.release()
 
-    async def serve_connected(self, connected: trio.socket.SocketType) -> None:
-        """Serve one client until it is gone or dropped. The socket is closed then."""
-        conversation = _Conversation(connected, self._turn, self._reply)
+    async def serve_connected(
+        self,
+        connected: trio.socket.SocketType,
+        link: ControlLink | None = None,
+        owed: m.Reply | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve one client until it is gone or dropped: the socket is closed then. Or until frost falls.
+
+        With `link` go on where another process stopped; `owed` answers its UPGRADE. A client that had its turn has it
+        again when the task has started.
+        """
+        conversation = _Conversation(connected, self._turn, self._reply, self.frost)
         try:
+            if link is not None:
+                conversation.take_up(link, owed)
+            task_status.started()
             if await conversation.run() is _End.SHUTDOWN:
                 self._shut_down()
+        except FrozenError:
+            self.frozen.append(conversation.freeze())
+            return
         except OSError as error:
             log.info("control connection broke: %s", error.strerror)
         finally:
@@ -96,6 +129,11 @@ class ControlChannel:
     async def _reply(self, request: m.Request) -> m.Reply:
         if isinstance(request, m.SetDataFd):
             return m.Done() if await self._attach(request.fd) else m.Failure(TpmResult.IO_ERROR)
+        if isinstance(request, m.Upgrade):
+            in_the_way = await self._upgrade()
+            if in_the_way is None:
+                raise FrozenError
+            return m.Outcome(done=False, text=in_the_way.encode()[: spec.MAX_OUTCOME])
         if BY_REQUEST[type(request)].while_executing:
             return self._service.answer(request)
         return await trio.to_thread.run_sync(self._service.answer, request)
@@ -116,6 +154,7 @@ class _Conversation:
         connected: trio.socket.SocketType,
         turn: trio.Lock,
         reply: Callable[[m.Request], Awaitable[m.Reply]],
+        frost: Frost,
     ) -> None:
         self._connected = connected
         self._connection = ControlConnection()
@@ -123,6 +162,31 @@ class _Conversation:
         self._has_turn = False
         self._spoke = False
         self._reply = reply
+        self._frost = frost
+        self._unsent = b""
+        self._owed = False
+        self._frozen = False
+
+    def take_up(self, link: ControlLink, owed: m.Reply | None) -> None:
+        """Go on where another conversation stopped; `owed` answers its UPGRADE, if it waits for that."""
+        self._connection = ControlConnection.thaw(link.connection)
+        self._unsent = link.unsent
+        self._spoke = True
+        if link.owed and owed is not None:
+            self._unsent += m.encode_reply(owed)
+        if link.has_turn:
+            self._turn.acquire_nowait()
+            self._has_turn = True
+
+    def freeze(self) -> tuple[ControlLink, socket.socket]:
+        """Where it stopped, and its socket. Nothing is closed; the turn is free."""
+        self._frozen = True
+        link = ControlLink(self._connection.freeze(), self._unsent, self._has_turn, self._owed)
+        connected = socket.socket(fileno=self._connected.detach())
+        if self._has_turn:
+            self._turn.release()
+            self._has_turn = False
+        return link, connected
 
     @property
     def counts(self) -> bool:
@@ -130,8 +194,10 @@ class _Conversation:
         return self._has_turn or not (self._spoke or self._turn.locked())
 
     async def run(self) -> _End:
-        """Read and answer. Raises OSError when the connection breaks."""
+        """Read and answer. Raises OSError when the connection breaks, FrozenError when frost stops it."""
         deadline: float | None = None
+        if self._unsent and not await self._send(b""):
+            return _End.CLIENT
         while True:
             while (event := self._connection.next_event()) is not None:
                 deadline = None
@@ -147,6 +213,8 @@ class _Conversation:
 
     def close(self) -> None:
         """Close the socket and every descriptor that came and was not taken; give the turn to the next."""
+        if self._frozen:
+            return
         _close_all(self._connection.abandon())
         self._connected.close()
         if self._has_turn:
@@ -156,7 +224,8 @@ class _Conversation:
         """Take in what the client sends next; False if it is gone, or too late with the rest of a request."""
         allowance = self._connection.declared_size / STALL_BYTES_PER_SECOND
         with trio.move_on_at(math.inf if deadline is None else deadline + allowance) as patience:
-            data, descriptors = await _receive(self._connected)
+            with self._frost.point():
+                data, descriptors = await _receive(self._connected)
         if patience.cancelled_caught:
             log.warning("control client stopped in the middle of a request; dropped")
             return False
@@ -168,17 +237,39 @@ class _Conversation:
         """Answer; says how the conversation is over, if it is."""
         if isinstance(event, Rejected):
             log.warning("control request rejected: %s", event.reason)
-            read = await _send(self._connected, m.encode_reply(m.Failure(event.result)))
+            read = await self._send(m.encode_reply(m.Failure(event.result)))
             return None if read and not event.close else _End.CLIENT
         request = event.request
         self._spoke = True
         if not self._has_turn and not BY_REQUEST[type(request)].extension:
-            await self._turn.acquire()
-            self._has_turn = True
-        read = await _send(self._connected, m.encode_reply(await self._reply(request)))
+            try:
+                with self._frost.point():
+                    await self._turn.acquire()
+                    self._has_turn = True
+            except FrozenError:
+                self._connection.put_back(event)
+                raise
+        self._owed = isinstance(request, m.Upgrade)
+        reply = m.encode_reply(await self._reply(request))
+        self._owed = False
         if isinstance(request, m.Shutdown):
+            await self._send(reply, to_the_end=True)
             return _End.SHUTDOWN
-        return None if read else _End.CLIENT
+        return None if await self._send(reply) else _End.CLIENT
+
+    async def _send(self, reply: bytes, *, to_the_end: bool = False) -> bool:
+        """Send a reply in one write where the client reads; False if it does not read at all.
+
+        Raises FrozenError, with what was not sent in `_unsent`; not where it goes `to_the_end`, frost or not.
+        """
+        self._unsent += reply
+        with trio.move_on_after(SEND_TIMEOUT) as patience:
+            while self._unsent:
+                with nullcontext() if to_the_end else self._frost.point():
+                    self._unsent = self._unsent[await self._connected.send(self._unsent) :]
+        if patience.cancelled_caught:
+            log.warning("control client does not read its replies; dropped")
+        return not patience.cancelled_caught
 
 
 async def _receive(connected: trio.socket.SocketType) -> tuple[bytes, tuple[int, ...]]:
@@ -191,17 +282,6 @@ async def _receive(connected: trio.socket.SocketType) -> tuple[bytes, tuple[int,
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(payload[: len(payload) - len(payload) % _INT_SIZE])
     return data, tuple(descriptors)
-
-
-async def _send(connected: trio.socket.SocketType, reply: bytes) -> bool:
-    """Send a reply in one write where the client reads; False if it does not read at all."""
-    rest = memoryview(reply)
-    with trio.move_on_after(SEND_TIMEOUT) as patience:
-        while rest:
-            rest = rest[await connected.send(rest) :]
-    if patience.cancelled_caught:
-        log.warning("control client does not read its replies; dropped")
-    return not patience.cancelled_caught
 
 
 def _close_all(descriptors: tuple[int, ...]) -> None:

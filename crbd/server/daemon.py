@@ -1,15 +1,22 @@
-"""The daemon: one TPM, its endpoints, and how they begin and end.
+"""The daemon: one TPM, its endpoints, and how they begin, end and pass to a successor.
 
 Order at the start: state is locked and looked at, sockets are opened, the TPM is powered on if the options say so,
 then clients are served. What fails on the way takes back what came before it: a start that fails leaves no socket and
 no lock behind. At the end: the pump is told to finish (its command is cancelled), the sockets are removed, the TPM is
 shut down, the lock is released, the pid file is removed.
+
+A daemon that is upgraded (crbd.server.succession) stops serving without any of that: first the control clients, whose
+requests may need the TPM, then the data clients. Where becoming the new program fails after all, the same daemon serves
+the same clients on. A daemon that is the new program begins by going on: no socket is opened, no TPM powered on.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,20 +24,34 @@ from pathlib import Path
 
 import trio
 
+from crbd import __version__
+from crbd.control.messages import Outcome
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import EngineError, EngineFailedError, StateWriteError, StoreError
+from crbd.errors import EngineError, EngineFailedError, HandoverError, StateError, StoreError
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
-from crbd.server.endpoint import Endpoint, OpenEndpoint, opened
+from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
 from crbd.server.pidfile import PidFile
+from crbd.server.succession import KEPT_SIGNALS, LOCK, Inheritance, Program, listen_to_kept_signals
 from crbd.service.control import ControlService
+from crbd.service.frozen import document_of, frozen_of
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
+from crbd.state.handover import NAME as HANDOVER
+from crbd.state.handover import ControlLink, DataLink, Handover, Link, Listener, descriptors_in
+from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.port import Store
 
 log = logging.getLogger(__name__)
 
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WRITER = f"crbd {__version__}"
+COMMAND_PATIENCE = 30.0
+"""Seconds that an upgrade waits for a command under way before it asks the TPM to give it up."""
+CANCEL_INTERVAL = 0.1
+"""Seconds between two such requests."""
+OPTION = {"ctrl": "--ctrl", "data": "--data"}
+
+Links = list[tuple[Link, socket.socket]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,8 @@ class DaemonOptions:
     """End when a data client is gone, whichever way it had come (swtpm's `--terminate`)."""
     end_with_ctrl_client: bool = False
     """End when the control client is gone (swtpm's `--ctrl …,terminate`)."""
+    upgrade_at_hangup: bool = True
+    """Whether SIGHUP asks for an upgrade; if not it ends the daemon, like SIGTERM."""
 
 
 async def serve(
@@ -55,95 +78,275 @@ async def serve(
     store: Store,
     make_engine: Callable[[StatePort], Engine],
     *,
+    program: Program | None = None,
+    inherited: Inheritance | None = None,
     ready: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve one TPM until SHUTDOWN or a signal ends it. `store` is locked; it is closed at the end, whatever happens.
 
-    `ready` is called once, when clients are served: the sockets listen, the pid file is written.
+    `program` is what an upgrade starts; without it there is none. `inherited` is what another process leaves to this
+    one. `ready` is called once, when clients are served: the sockets listen, the pid file is written.
 
     Raises OperatorError when the start fails.
     """
     # Signals count from the first moment: one that comes during the start ends the daemon when that is done.
-    with trio.open_signal_receiver(*END_SIGNALS) as signals, ExitStack() as cleanup:
-        instance, ctrl, data = _start(options, store, make_engine, cleanup)
+    with trio.open_signal_receiver(*KEPT_SIGNALS) as signals, ExitStack() as cleanup:
+        listen_to_kept_signals()
+        # The pid file is written last and removed last: when it is gone another daemon may take over.
+        pid_file = _pid_file(options, inherited)
+        if pid_file is not None:
+            cleanup.push(pid_file)
+        daemon = _Daemon(options, store, make_engine, program=program, pid_file=pid_file, cleanup=cleanup)
+        if inherited is None:
+            daemon.begin()
+        else:
+            daemon.go_on(inherited.handover)
         async with trio.open_nursery() as watching:
             ended = trio.CancelScope()
-            watching.start_soon(_end_at_signal, signals, ended)
+            watching.start_soon(_heed, signals, daemon, ended)
             with ended:
+                log.info("serving the TPM in %s%s", store.name, daemon.where)
+                if ready is not None:
+                    ready()
+                task_status.started()
                 # Ends by itself only where every client was handed over connected and the last one is gone.
-                async with trio.open_nursery() as serving:
-                    _start_serving(serving, options, instance, ctrl, data)
-                    where = "".join(f" at {opened.endpoint}" for opened in (ctrl, data) if opened)
-                    log.info("serving the TPM in %s%s", store.name, where)
-                    if ready is not None:
-                        ready()
-                    task_status.started()
+                while await daemon.serve_until_frozen():
+                    daemon.hand_over()
             # A second signal is no reason to leave the TPM without its shutdown.
             cleanup.close()
             watching.cancel_scope.cancel()
     log.info("ended")
 
 
-def _start(
-    options: DaemonOptions, store: Store, make_engine: Callable[[StatePort], Engine], cleanup: ExitStack
-) -> tuple[Instance, OpenEndpoint | None, OpenEndpoint | None]:
-    """Everything up to the moment that clients are served. `cleanup` takes it back, in the opposite order.
-
-    The pid file is written last and removed last: when it is gone another daemon may take over. Raises OperatorError.
-    """
-    pid_file = cleanup.enter_context(PidFile(options.pid_file)) if options.pid_file is not None else None
-    cleanup.callback(store.close)
-    instance = Instance(make_engine, store, options.instance)
-    cleanup.callback(instance.close)
-    instance.check()
-    ctrl = cleanup.enter_context(opened(options.ctrl, "--ctrl")) if options.ctrl else None
-    data = cleanup.enter_context(opened(options.data, "--data")) if options.data else None
-    try:
-        instance.begin()
-    except StoreError as error:
-        raise StateWriteError.of(error) from error
-    except EngineError as error:
-        raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
-    if pid_file is not None:
-        pid_file.write()
-    return instance, ctrl, data
-
-
-def _start_serving(
-    nursery: trio.Nursery,
-    options: DaemonOptions,
-    instance: Instance,
-    ctrl: OpenEndpoint | None,
-    data: OpenEndpoint | None,
-) -> None:
-    end = nursery.cancel_scope.cancel
-    data_channel = DataChannel(
-        instance,
-        instance.buffer_size(0).maximum,
-        nursery,
-        once=options.disconnect,
-        gone=end if options.end_with_data_client else None,
-    )
-    control_channel = ControlChannel(
-        ControlService(instance),
-        data_channel.attach,
-        end,
-        gone=end if options.end_with_ctrl_client else None,
-    )
-    if data is not None:
-        if data.listening:
-            nursery.start_soon(data_channel.serve_listener, data.socket)
-        else:
-            nursery.start_soon(data_channel.serve_connected, data.socket)
-    if ctrl is not None:
-        if ctrl.listening:
-            nursery.start_soon(control_channel.serve_listener, ctrl.socket)
-        else:
-            nursery.start_soon(control_channel.serve_connected, trio.socket.from_stdlib_socket(ctrl.socket))
-
-
-async def _end_at_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _heed(signals: AsyncIterator[int], daemon: _Daemon, scope: trio.CancelScope) -> None:
     async for number in signals:
-        log.info("ending at %s", signal.Signals(number).name)
-        scope.cancel()
+        if number == signal.SIGHUP and daemon.upgrades_at_hangup:
+            in_the_way = await daemon.upgrade()
+            if in_the_way is not None:
+                log.error("the upgrade is not done, and the TPM goes on as before: %s", in_the_way)
+        else:
+            log.info("ending at %s", signal.Signals(number).name)
+            scope.cancel()
+
+
+def _pid_file(options: DaemonOptions, inherited: Inheritance | None) -> PidFile | None:
+    if inherited is not None:
+        written = inherited.handover.pid_file
+        return PidFile.of_this_process(Path(written)) if written else None
+    return None if options.pid_file is None else PidFile(options.pid_file)
+
+
+class _Daemon:
+    """One TPM and its clients. What is opened here goes onto `cleanup`, which takes it back in the opposite order."""
+
+    def __init__(
+        self,
+        options: DaemonOptions,
+        store: Store,
+        make_engine: Callable[[StatePort], Engine],
+        *,
+        program: Program | None,
+        pid_file: PidFile | None,
+        cleanup: ExitStack,
+    ) -> None:
+        self._options = options
+        self._store = store
+        self._program = program
+        self._cleanup = cleanup
+        self._pid_file = pid_file
+        cleanup.callback(store.close)
+        self._instance = Instance(make_engine, store, options.instance)
+        cleanup.callback(self._instance.close)
+        self._endpoints: dict[str, OpenEndpoint] = {}
+        self._links: Links = []
+        """Clients that wait to be served on."""
+        cleanup.callback(self._close_links)
+        self._answer: Outcome | None = None
+        """For the client that asked for an upgrade."""
+        self._freeze: Callable[[], None] | None = None
+        self._upgrading = trio.Lock()
+
+    @property
+    def where(self) -> str:
+        """The endpoints, for the log."""
+        return "".join(f" at {each.endpoint}" for each in self._endpoints.values())
+
+    @property
+    def upgrades_at_hangup(self) -> bool:
+        """What SIGHUP means."""
+        return self._options.upgrade_at_hangup
+
+    # -- the two beginnings
+
+    def begin(self) -> None:
+        """Everything up to the moment that clients are served. Raises OperatorError."""
+        self._instance.check()
+        for name, endpoint in (("ctrl", self._options.ctrl), ("data", self._options.data)):
+            if endpoint is not None:
+                self._endpoints[name] = self._cleanup.enter_context(opened(endpoint, OPTION[name]))
+                if not self._endpoints[name].listening:
+                    self._links.append((_fresh(name), self._endpoints[name].socket))
+        try:
+            self._instance.begin()
+        except (EngineError, StoreError) as error:
+            raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
+        if self._pid_file is not None:
+            self._pid_file.write()
+
+    def go_on(self, handover: Handover) -> None:
+        """Everything that another process left to this one. Raises OperatorError."""
+        try:
+            self._instance.thaw(frozen_of(handover), HANDOVER)
+        except (EngineError, StoreError) as error:
+            raise HandoverError(str(error), "go on with the release that wrote it") from error
+        for name, endpoint in (("ctrl", self._options.ctrl), ("data", self._options.data)):
+            if endpoint is not None and name in handover.listeners:
+                descriptor, identity = handover.descriptors[f"listener.{name}"], handover.listeners[name].identity
+                self._endpoints[name] = self._cleanup.enter_context(adopted(endpoint, descriptor, identity))
+        for number, link in enumerate(handover.links):
+            self._links.append((link, socket.socket(fileno=handover.descriptors[f"link.{number}"])))
+        pause = (time.monotonic_ns() - handover.frozen_at) / 1e6
+        said = f"{WRITER} goes on for {handover.writer}; clients waited {pause:.0f} ms"
+        log.info("%s", said)
+        self._answer = Outcome(done=True, text=said.encode())
+
+    # -- serving
+
+    async def serve_until_frozen(self) -> bool:
+        """Serve until the daemon is to end (false), or until its clients are frozen for an upgrade (true)."""
+        options, ending = self._options, trio.Event()
+        controls_over = trio.Event()
+
+        async with trio.open_nursery() as tasks:
+
+            def end() -> None:
+                ending.set()
+                tasks.cancel_scope.cancel()
+
+            data = DataChannel(
+                self._instance,
+                self._instance.buffer_size(0).maximum,
+                tasks,
+                once=options.disconnect,
+                gone=end if options.end_with_data_client else None,
+            )
+            control = ControlChannel(
+                ControlService(self._instance),
+                data.attach,
+                end,
+                self.upgrade,
+                gone=end if options.end_with_ctrl_client else None,
+            )
+
+            def freeze() -> None:
+                control.frost.fall()
+                tasks.start_soon(self._freeze_data, data, controls_over)
+
+            self._freeze = freeze
+            links, self._links = self._links, []
+            await self._start_links(links, data, control, tasks)
+            async with trio.open_nursery() as control_tasks:
+                await self._start_controls(links, control, control_tasks)
+            controls_over.set()
+        self._freeze = None
+        self._links = [*control.frozen, *data.frozen]
+        return control.frost.fallen and not ending.is_set()
+
+    async def _start_links(
+        self, links: Links, data: DataChannel, control: ControlChannel, nursery: trio.Nursery
+    ) -> None:
+        for link, connected in links:
+            if isinstance(link, DataLink):
+                await nursery.start(data.serve_connected, connected, link)
+        if (listener := self._endpoints.get("data")) is not None and listener.listening:
+            nursery.start_soon(data.serve_listener, listener.socket)
+
+    async def _start_controls(self, links: Links, control: ControlChannel, nursery: trio.Nursery) -> None:
+        for link, connected in links:
+            if isinstance(link, ControlLink):
+                talking = trio.socket.from_stdlib_socket(connected)
+                await nursery.start(control.serve_connected, talking, link, self._answer)
+        self._answer = None
+        if (listener := self._endpoints.get("ctrl")) is not None and listener.listening:
+            nursery.start_soon(control.serve_listener, listener.socket)
+
+    async def _freeze_data(self, data: DataChannel, controls_over: trio.Event) -> None:
+        """When no request needs the TPM any more, stop the data clients; a command that computes too long gives up."""
+        with trio.move_on_after(COMMAND_PATIENCE) as patience:
+            await controls_over.wait()
+            data.freeze()
+            await data.stopped()
+        while patience.cancelled_caught and not data.idle:
+            self._instance.cancel()
+            data.freeze()
+            await trio.sleep(CANCEL_INTERVAL)
+
+    # -- the upgrade
+
+    async def upgrade(self) -> str | None:
+        """See whether the installed program can go on, and if so stop serving; what is in the way, if anything is."""
+        if self._program is None:
+            return "this process does not know what to start (a changed root directory hides the program)"
+        if self._upgrading.locked():
+            return "an upgrade is under way"
+        async with self._upgrading:
+            try:
+                handover = await trio.to_thread.run_sync(self._handover)
+            except (StoreError, StateError, EngineError) as error:
+                return str(error)
+            in_the_way = await self._program.try_out(handover)
+            if in_the_way is None:
+                if self._freeze is None:
+                    return "the daemon is ending"
+                self._freeze()
+            return in_the_way
+
+    def hand_over(self) -> None:
+        """Become the installed program; return where that is not possible, to serve on."""
+        try:
+            if self._program is not None:
+                self._program.become(self._handover())
+        except (OSError, StoreError, StateError, EngineError) as error:
+            log.error("the upgrade is not done, and the TPM goes on as before: %s", error)
+            self._answer = Outcome(done=False, text=str(error).encode())
+
+    def _handover(self) -> Handover:
+        """All that a successor needs, with the clients that are frozen. Raises StoreError, StateError, EngineError."""
+        frozen_at = time.monotonic_ns()
+        frozen, estate = self._instance.freeze(), self._store.estate()
+        links = tuple(link for link, _ in self._links)
+        descriptors = {f"link.{number}": connected.fileno() for number, (_, connected) in enumerate(self._links)}
+        listening = {name: each for name, each in self._endpoints.items() if each.listening}
+        descriptors |= {f"listener.{name}": each.socket.fileno() for name, each in listening.items()}
+        descriptors |= descriptors_in(links)
+        if estate.lock is not None:
+            descriptors[LOCK] = estate.lock
+        options = self._options.instance
+        keys = {"seal": estate.data_key, "file": _bytes(options.file_key), "migration": _bytes(options.migration_key)}
+        return Handover(
+            pid=os.getpid(),
+            frozen_at=frozen_at,
+            writer=WRITER,
+            document=document_of(frozen, WRITER),
+            instance=frozen.facts,
+            changed=frozen.changed,
+            held=estate.held,
+            secrets={name: key for name, key in keys.items() if key},
+            pid_file=str(self._pid_file.written or "") if self._pid_file is not None else "",
+            listeners={name: Listener(each.identity) for name, each in listening.items()},
+            links=links,
+            descriptors=descriptors,
+        )
+
+    def _close_links(self) -> None:
+        for _, connected in self._links:
+            connected.close()
+
+
+def _fresh(channel: str) -> Link:
+    return ControlLink() if channel == "ctrl" else DataLink()
+
+
+def _bytes(key: SwtpmKey | None) -> bytes:
+    return b"" if key is None else key.secret

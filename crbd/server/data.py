@@ -14,8 +14,10 @@ from collections.abc import Callable
 import trio
 
 from crbd.server.accepting import accept
-from crbd.server.pump import Pump
+from crbd.server.frost import Frost, FrozenError
+from crbd.server.pump import FrozenPump, Pump
 from crbd.service.instance import Instance
+from crbd.state.handover import DataLink
 
 HANDOVER_TIMEOUT = 5.0
 """Seconds to wait for the pump of a client that is gone to end (its last command may still compute)."""
@@ -44,19 +46,63 @@ class DataChannel:
         self._nursery = nursery
         self._pump: Pump | None = None
         self._free = trio.Condition()
+        self._frost = Frost()
+        self.frozen: list[tuple[DataLink, socket.socket]] = []
+        """The clients that were stopped by `freeze`, and their sockets, which belong to whoever takes them."""
+
+    def freeze(self) -> None:
+        """Stop serving as soon as no command is under way. Descriptors can no longer be attached."""
+        self._frost.fall()
+        if self._pump is not None:
+            self._pump.freeze()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no client is being served."""
+        return self._pump is None
+
+    async def stopped(self) -> None:
+        """Return when no client is being served."""
+        async with self._free:
+            while self._pump is not None:
+                await self._free.wait()
 
     async def serve_listener(self, listener: socket.socket) -> None:
         """Serve the clients of a listening socket one after the other, for ever."""
         accepting = trio.socket.from_stdlib_socket(listener)
-        while True:
-            await self.serve_connected(_plain(await accept(accepting)))
+        while not self._frost.fallen:
+            try:
+                with self._frost.point():
+                    accepted = await accept(accepting)
+            except FrozenError:
+                return
+            await self.serve_connected(_plain(accepted))
 
-    async def serve_connected(self, connected: socket.socket) -> None:
-        """Serve one client until it is gone, as soon as no other one is being served."""
-        async with self._free:
-            while self._pump is not None:
-                await self._free.wait()
-            self._pump = self._new_pump(connected)
+    async def serve_connected(
+        self,
+        connected: socket.socket,
+        link: DataLink | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve one client until it is gone, as soon as no other one is being served.
+
+        With `link` go on where another process stopped. The client has its place when the task has started, if there
+        is one.
+        """
+        link = link or DataLink()
+        try:
+            with self._frost.point():
+                async with self._free:
+                    while self._pump is not None:
+                        task_status.started()
+                        task_status = trio.TASK_STATUS_IGNORED
+                        await self._free.wait()
+                    self._pump = self._new_pump(connected, link)
+        except FrozenError:
+            self.frozen.append((link, connected))
+            return
+        task_status.started()
         await self._run(self._pump)
 
     async def attach(self, descriptor: int) -> bool:
@@ -72,7 +118,7 @@ class DataChannel:
         if connected.type != socket.SOCK_STREAM or not await self._is_free():
             connected.close()
             return False
-        self._pump = self._new_pump(connected)
+        self._pump = self._new_pump(connected, DataLink())
         self._nursery.start_soon(self._run, self._pump)
         return True
 
@@ -83,16 +129,21 @@ class DataChannel:
                     await self._free.wait()
         return self._pump is None
 
-    def _new_pump(self, connected: socket.socket) -> Pump:
+    def _new_pump(self, connected: socket.socket, link: DataLink) -> Pump:
         connected.setblocking(False)
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Pump(connected, self._instance.execute, self._instance.cancel, self._limit, once=self._once)
+        frozen = FrozenPump(link.received, link.unsent)
+        return Pump(connected, self._instance.execute, self._instance.cancel, self._limit, frozen, once=self._once)
 
     async def _run(self, pump: Pump) -> None:
+        if self._frost.fallen:
+            pump.freeze()
         frozen = None
         try:
             frozen = await pump.run()
+            if frozen is not None:
+                self.frozen.insert(0, (DataLink(frozen.received, frozen.unsent), pump.socket))
         finally:
             self._pump = None
             with trio.CancelScope(shield=True):

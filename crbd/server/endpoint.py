@@ -86,6 +86,8 @@ class OpenEndpoint:
     endpoint: Endpoint
     socket: socket.socket
     listening: bool
+    identity: tuple[int, int] | None = None
+    """Device and inode of a path that is to be removed at the end."""
 
 
 def parse_endpoint(text: str, option: str) -> Endpoint:
@@ -131,7 +133,7 @@ def opened(endpoint: Endpoint, option: str) -> Iterator[OpenEndpoint]:
         case UnixEndpoint():
             listener, identity = _listen_unix(endpoint, option)
             try:
-                yield OpenEndpoint(endpoint, listener, listening=True)
+                yield OpenEndpoint(endpoint, listener, listening=True, identity=identity)
             finally:
                 listener.close()
                 _remove(endpoint.path, identity)
@@ -142,6 +144,19 @@ def opened(endpoint: Endpoint, option: str) -> Iterator[OpenEndpoint]:
             with _take(endpoint, option) as taken:
                 listening = bool(taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
                 yield OpenEndpoint(endpoint, taken, listening)
+
+
+@contextmanager
+def adopted(endpoint: Endpoint, descriptor: int, identity: tuple[int, int] | None) -> Iterator[OpenEndpoint]:
+    """As `opened`, for a listening socket that the process before this one had opened."""
+    with socket.socket(fileno=descriptor) as listener:
+        listener.setblocking(False)
+        try:
+            yield OpenEndpoint(endpoint, listener, listening=True, identity=identity)
+        finally:
+            listener.close()
+            if identity is not None and isinstance(endpoint, UnixEndpoint):
+                _remove(endpoint.path, identity)
 
 
 def _listen_unix(endpoint: UnixEndpoint, option: str) -> tuple[socket.socket, tuple[int, int]]:

@@ -37,6 +37,18 @@ class PidFile:
             if not usable:
                 raise PidFileError(f"--pid: descriptor {target} is no regular file", "hand over one opened for writing")
 
+    @classmethod
+    def of_this_process(cls, path: Path) -> PidFile:
+        """The one that the same process wrote when it ran another program."""
+        pid_file = cls(path)
+        pid_file._written = path
+        return pid_file
+
+    @property
+    def written(self) -> Path | None:
+        """Where it was written, if it was and its name could be found."""
+        return self._written
+
     def write(self) -> None:
         """Write this process's id (mode 0644, under umask), whole or not at all. Raises PidFileError."""
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 from crbd.crb.snapshot import CrbSnapshot
 from crbd.engine.port import Engine
@@ -15,10 +16,14 @@ from crbd.errors import EngineError, StateDamagedError
 from crbd.service.durable import DurableState
 from crbd.service.migration import StateBlobs
 from crbd.service.stamp import stamp_of
+from crbd.state.compatibility import check_engine
 from crbd.state.crb import CrbStateV3, saved
-from crbd.state.handover import InstanceFacts
+from crbd.state.document import Document, decode, encode
+from crbd.state.handover import NAME as HANDOVER
+from crbd.state.handover import Handover, InstanceFacts
+from crbd.state.header import WRITER_ID_SIZE
 from crbd.state.kinds import StateKind
-from crbd.state.saved import EngineStamp, Session, TpmState
+from crbd.state.saved import EngineStamp, Identity, Session, TpmState
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,40 @@ class FrozenInstance:
         """One of the states with its engine, as documents hold them."""
         data = self.states.get(kind)
         return None if data is None else TpmState(data, self.engine)
+
+
+def document_of(frozen: FrozenInstance, writer: str) -> bytes:
+    """The TPM as a plain document of no instance: the handover's form of it."""
+    identity = Identity(UUID(int=0), "", 0, writer, 0)
+    return encode(
+        Document(
+            identity,
+            bytes(WRITER_ID_SIZE),
+            0,
+            permanent=frozen.state(StateKind.PERMANENT),
+            volatile=frozen.state(StateKind.VOLATILE),
+            savestate=frozen.state(StateKind.SAVESTATE),
+            crb=frozen.registers,
+            session=frozen.session,
+        )
+    )
+
+
+def frozen_of(handover: Handover) -> FrozenInstance:
+    """The other way, from a predecessor's handover. Raises a StateError."""
+    document = decode(handover.document, name=HANDOVER)
+    states = {kind: state for kind in StateKind if (state := document.state(kind)) is not None}
+    if document.crb is None or document.session is None:
+        raise StateDamagedError(f"{HANDOVER} lacks registers or session", "start anew")
+    engine = next((state.engine for state in states.values()), EngineStamp(0, 0, 0))
+    return FrozenInstance(
+        engine=engine,
+        states={kind: state.data for kind, state in states.items()},
+        registers=document.crb,
+        session=document.session,
+        facts=handover.instance,
+        changed=handover.changed,
+    )
 
 
 def freeze_tpm(
@@ -67,6 +106,8 @@ def thaw_tpm(engine: Engine, state: DurableState, blobs: StateBlobs, frozen: Fro
 
     Raises StateError, EngineError; the engine is stopped then, and nothing was written.
     """
+    for kind in frozen.states:
+        check_engine(TpmState(frozen.states[kind], frozen.engine), engine.version, name)
     for kind in StateKind:
         state.load(kind)  # so that what the store holds already is not written again
     if frozen.session.buffer_size != engine.buffer_size().current:

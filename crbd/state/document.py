@@ -62,7 +62,7 @@ from crbd.state.saved import (
     encode_session,
     encode_tpm_state,
 )
-from crbd.state.sealing import OVERHEAD, Seal, area_length, decode_slots, open_area, wrong_key
+from crbd.state.sealing import OVERHEAD, Seal, area_length, decode_slots, open_area, reopen_area, wrong_key
 from crbd.state.sections import MAX_SECTIONS, Section, Sections, decode_body, encode_body
 
 __all__ = ["Document", "Header", "check_complete", "check_identity", "decode", "encode", "encode_hashed", "open_seal"]
@@ -236,6 +236,14 @@ def open_seal(
     if not envelope.area:
         raise _not_sealed(name)
     return open_area(envelope.area, envelope.header.uuid, keys, name, entropy=entropy)
+
+
+def reopen_seal(data: bytes, data_key: bytes, name: str = "the TPM state") -> Seal:
+    """As `open_seal`, with the data key that another process had opened it to. Raises a StateError."""
+    envelope = _open(data, name)
+    if not envelope.area:
+        raise _not_sealed(name)
+    return reopen_area(envelope.area, envelope.header.uuid, data_key, name)
 
 
 def key_slots(data: bytes, name: str = "the TPM state") -> tuple[KeySlot, ...]:

@@ -15,7 +15,9 @@ The body is the document's list of sections (crbd.state.sections), numbers littl
     changed.*    `permanent`, `volatile`, `savestate`: state that a failed commit has not made durable yet; empty where
                  the state is to be deleted
     held.*       the same names: what an ephemeral store holds
-    seal         the data key of a sealed store (32 bytes); absent where the store is plain
+    secret.*     keys that the successor could not read again: `seal`, the data key of a sealed store; `file` and
+                 `migration`, keys as swtpm has them
+    pid-file     its path
     listener.*   a listening socket: u8 flags: 1 to be removed at the end; u64 device, u64 inode of its path
     link.N       one client, N from 0
         u8 role: 1 control, 2 data
@@ -67,6 +69,7 @@ _FLAGS = {1: "powered", 2: "may_manufacture", 4: "client_sized", 8: "untouched"}
 _OWNED = 1
 _TURN, _PADDING, _OWED = 1, 2, 4
 _REQUEST, _REJECTED = 1, 2
+SECRETS: Final = ("seal", "file", "migration")
 CONTROL: Final = 1
 DATA: Final = 2
 _BIT = {kind: 1 << index for index, kind in enumerate(StateKind)}
@@ -100,7 +103,7 @@ class Listener:
 class ControlLink:
     """A control client. Descriptors in the snapshot are numbers of this process."""
 
-    connection: ConnectionSnapshot
+    connection: ConnectionSnapshot = field(default_factory=ConnectionSnapshot)
     unsent: bytes = b""
     has_turn: bool = False
     owed: bool = False
@@ -132,7 +135,8 @@ class Handover:
     """What the store does not hold yet, because the last commit failed; None is to be deleted."""
     held: Mapping[StateKind, bytes] = field(default_factory=dict)
     """What an ephemeral store holds."""
-    data_key: bytes = field(default=b"", repr=False)
+    secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    pid_file: str = ""
     listeners: Mapping[str, Listener] = field(default_factory=dict)
     """By channel: "ctrl", "data"."""
     links: tuple[Link, ...] = ()
@@ -153,8 +157,9 @@ def encode(handover: Handover) -> bytes:
     ]
     if handover.instance.incoming is not None:
         sections.append(Section("incoming", 1, encode_session(handover.instance.incoming)))
-    if handover.data_key:
-        sections.append(Section("seal", 1, handover.data_key))
+    if handover.pid_file:
+        sections.append(Section("pid-file", 1, handover.pid_file.encode("utf-8", "surrogateescape")))
+    sections += (Section(f"secret.{name}", 1, secret) for name, secret in handover.secrets.items())
     sections += (Section(f"changed.{kind.name.lower()}", 1, data or b"") for kind, data in handover.changed.items())
     sections += (Section(f"held.{kind.name.lower()}", 1, data) for kind, data in handover.held.items())
     for name, listener in handover.listeners.items():
@@ -240,7 +245,8 @@ def decode(data: bytes, descriptors: Mapping[str, int]) -> Handover:
         instance=_decode_instance(known["instance"], known.get("incoming")),
         changed={kind: data or None for kind, data in _by_kind(known, "changed.")},
         held=dict(_by_kind(known, "held.")),
-        data_key=known.get("seal", b""),
+        secrets={name.partition(".")[2]: secret for name, secret in known.items() if name.startswith("secret.")},
+        pid_file=known.get("pid-file", b"").decode("utf-8", "surrogateescape"),
         listeners={
             name.partition(".")[2]: _decode_listener(body, name)
             for name, body in known.items()
@@ -281,8 +287,10 @@ def _known(sections: Sections) -> dict[str, bytes]:
 
 def _is_ours(family: str, rest: str) -> bool:
     match family:
-        case "handover" | "document" | "instance" | "incoming" | "seal":
+        case "handover" | "document" | "instance" | "incoming" | "pid-file":
             return not rest
+        case "secret":
+            return rest in SECRETS
         case "changed" | "held":
             return rest in _KINDS
         case "listener":

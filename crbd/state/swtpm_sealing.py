@@ -79,6 +79,11 @@ class SwtpmKey:
         return cls(hashlib.pbkdf2_hmac("sha512", text, _SALT, _ROUNDS, size))
 
     @property
+    def secret(self) -> bytes:
+        """A copy of the key itself, for a successor that goes on in the place of this process; for nobody else."""
+        return bytes(self._key)
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return len(self._key)

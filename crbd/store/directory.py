@@ -27,6 +27,7 @@ from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.files import make_directory, sync_directory, write_durably
 from crbd.store.lockfile import LockFile
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
+from crbd.store.port import Estate
 from crbd.store.side import NAME as SIDE_NAME
 from crbd.store.side import SideFile
 
@@ -62,6 +63,9 @@ class DirectoryStore:
     @property
     def locked(self) -> bool:
         return self._locked
+
+    def estate(self) -> Estate:
+        return Estate(lock=None if self._lock is None else self._lock.descriptor)
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """swtpm's files do not say which engine wrote them; libtpms judges its blobs itself."""

@@ -30,6 +30,7 @@ from crbd.state.document import (
     encode_hashed,
     open_seal,
     peek_header,
+    reopen_seal,
     verify,
 )
 from crbd.state.header import FORMAT_VERSION
@@ -40,6 +41,7 @@ from crbd.state.sealing import Seal
 from crbd.state.side import SideState
 from crbd.store.files import make_directory, write_durably
 from crbd.store.lockfile import LockFile
+from crbd.store.port import Estate
 from crbd.store.slots import SlotFile
 
 FILE_NAME = "tpm.crbd"
@@ -52,6 +54,8 @@ class NewTpm:
 
     name: str = ""
     keys: tuple[UserKey, ...] = ()
+    data_key: bytes = b""
+    """In the place of keys: what the process before this one had opened them to. For a TPM that is there."""
 
 
 class DocumentStore:
@@ -76,6 +80,7 @@ class DocumentStore:
         self._new = new or NewTpm()
         self._uuid = uuid
         self._engine: EngineStamp | None = None
+        self._ek_fingerprint: bytes | None = None
         self._seal: Seal | None = None
         self._document: Document | None = None
         self._old, self._old_format = b"", FORMAT_VERSION
@@ -124,8 +129,20 @@ class DocumentStore:
             self._lock.release()
             self._lock = None
 
+    def estate(self) -> Estate:
+        if self._document is None and self._new.keys:
+            raise StoreError(f"{self._path}: the key cannot be passed on before the TPM is made")
+        return Estate(
+            lock=None if self._lock is None else self._lock.descriptor,
+            data_key=b"" if self._seal is None else self._seal.data_key,
+        )
+
     def use_engine(self, stamp: EngineStamp) -> None:
         self._engine = stamp
+
+    def name_endorsement_key(self, fingerprint: bytes) -> None:
+        """What the identity says of it from the next commit on: SHA-256 of its public area, empty for none."""
+        self._ek_fingerprint = fingerprint
 
     def load(self, kind: StateKind) -> bytes | None:
         """Read from the file again: what it holds counts, not what this process remembers."""
@@ -157,6 +174,8 @@ class DocumentStore:
         if side is not None or StateKind.VOLATILE in changes:
             kept = side or SideState()
             following = replace(following, crb=kept.crb, session=kept.session)
+        if self._ek_fingerprint is not None:
+            following = replace(following, identity=replace(following.identity, ek_fingerprint=self._ek_fingerprint))
         following = replace(
             following,
             permanent=wanted[StateKind.PERMANENT],
@@ -202,6 +221,8 @@ class DocumentStore:
         if self._seal is None and self._new.keys and peek_header(loaded.payload, self.name).sealed:
             self._seal = open_seal(loaded.payload, self._new.keys, self.name)
             keys = self._seal
+        elif self._seal is None and self._new.data_key:
+            keys = self._seal = reopen_seal(loaded.payload, self._new.data_key, self.name)
         document = decode(loaded.payload, keys, self.name)
         check_complete(document, self.name)
         self._document = document

@@ -70,6 +70,10 @@ class BlockFile(Protocol):
     def unlock(self) -> None:
         """Let others become the only user. Raises StateAccessError."""
 
+    @property
+    def lock_descriptor(self) -> int | None:
+        """What holds the lock, where it is held by a descriptor that can be passed on."""
+
     def close(self) -> None:
         """Closing twice is no error. A file that was never published is removed."""
 
@@ -179,6 +183,10 @@ class RegularFile:
 
     def unlock(self) -> None:
         unlock_whole(self._descriptor, self._path)
+
+    @property
+    def lock_descriptor(self) -> int | None:
+        return self._descriptor
 
     def close(self) -> None:
         if self._descriptor < 0:

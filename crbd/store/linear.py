@@ -44,6 +44,7 @@ from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.files import BlockFile, RegularFile
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
+from crbd.store.port import Estate
 from crbd.store.side import SideFile
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,9 @@ class LinearStore:
             # The descriptor's end is the lock's end.
             self._file.close()
             self._file = None
+
+    def estate(self) -> Estate:
+        return Estate(lock=None if self._file is None else self._file.lock_descriptor)
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """swtpm's file does not say which engine wrote it; libtpms judges its blobs itself."""

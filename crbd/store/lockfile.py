@@ -12,6 +12,7 @@ import fcntl
 import os
 from pathlib import Path
 from struct import Struct
+from typing import Final
 
 from crbd.errors import StateAbsentError, StateAccessError, StateLockedError
 
@@ -19,6 +20,16 @@ _FLOCK = Struct("@hhqqi0q")
 """struct flock on 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for open-file-description locks)."""
 
 _PID_TEXT_MAX = 32
+_inherited: Final[dict[tuple[int, int], int]] = {}
+"""Descriptors with locks of the process whose successor this one is, by the device and inode of the locked file."""
+
+
+def inherit(descriptor: int) -> None:
+    """Be the holder of the lock on this descriptor, which becomes ours: who next locks that file here has it.
+
+    Raises OSError for what is no descriptor.
+    """
+    _inherited[_identity(descriptor)] = descriptor
 
 
 class LockFile:
@@ -40,6 +51,7 @@ class LockFile:
             raise StateAbsentError(f"{path.parent} does not exist", "check the path") from error
         except OSError as error:
             raise StateAccessError(f"{path}: {error.strerror}", "let the user that runs crbd write there") from error
+        _take_inherited(descriptor)
         try:
             if not _set_lock(descriptor, fcntl.F_WRLCK, path):
                 raise StateLockedError(
@@ -52,6 +64,11 @@ class LockFile:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return cls(descriptor)
+
+    @property
+    def descriptor(self) -> int | None:
+        """What holds the lock."""
+        return self._descriptor
 
     def release(self) -> None:
         """Give the lock back; the file stays, as swtpm's does. Releasing twice is no error."""
@@ -67,6 +84,7 @@ def lock_whole(descriptor: int, path: Path) -> None:
     Locking twice is no error. Raises StateLockedError if another process holds it, StateAccessError if the file system
     has no locks.
     """
+    _take_inherited(descriptor)
     if not _set_lock(descriptor, fcntl.F_WRLCK, path):
         raise StateLockedError(
             f"{path} is in use by {_holder(descriptor)}", "stop that process, or give this TPM a file of its own"
@@ -76,6 +94,19 @@ def lock_whole(descriptor: int, path: Path) -> None:
 def unlock_whole(descriptor: int, path: Path) -> None:
     """Give the lock of `lock_whole` back. Raises StateAccessError."""
     _set_lock(descriptor, fcntl.F_UNLCK, path)
+
+
+def _take_inherited(descriptor: int) -> None:
+    """Where this process inherited the lock of this file, make `descriptor` the one that holds it."""
+    inherited = _inherited.pop(_identity(descriptor), None)
+    if inherited is not None:
+        os.dup2(inherited, descriptor, inheritable=False)
+        os.close(inherited)
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _set_lock(descriptor: int, kind: int, path: Path) -> bool:

@@ -8,6 +8,7 @@ from crbd.errors import StoreError
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
+from crbd.store.port import Estate
 
 
 class MemoryStore:
@@ -31,6 +32,9 @@ class MemoryStore:
 
     def release(self) -> None:
         self._locked = False
+
+    def estate(self) -> Estate:
+        return Estate(held=dict(self._held))
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """The engine does not change while the process lives."""

@@ -9,11 +9,24 @@ looks at the disk anew, and the caller loads again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
+
+
+@dataclass(frozen=True, slots=True)
+class Estate:
+    """What a successor process needs to go on with a store without opening it as a stranger would."""
+
+    lock: int | None = None
+    """The descriptor that holds the lock; it stays the store's."""
+    data_key: bytes = field(default=b"", repr=False)
+    """Of sealed state; empty where it is plain."""
+    held: Mapping[StateKind, bytes] = field(default_factory=dict, repr=False)
+    """What nothing but this process's memory holds."""
 
 
 class Store(Protocol):
@@ -36,6 +49,9 @@ class Store(Protocol):
 
     def release(self) -> None:
         """Let another process become the user, until `lock`. Releasing twice is no error. Raises StateAccessError."""
+
+    def estate(self) -> Estate:
+        """What goes to a successor. The store stays as it is. Raises StoreError where there is no going on yet."""
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """Whose state is loaded and committed from now on.

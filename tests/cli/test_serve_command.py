@@ -27,7 +27,7 @@ def options(place: Path) -> list[str]:
     return ["--state", f"{place}/state", "--ctrl", f"unix:{place}/ctrl", "--data", f"unix:{place}/data"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_0_and_leaves_only_the_state(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, *options(tmp_path), "--create", "--flags", "startup-clear") as process:
         assert (tmp_path / "pid").read_text() == str(process.pid)

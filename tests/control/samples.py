@@ -33,6 +33,7 @@ REQUESTS: list[tuple[str, m.Request]] = [
     ("00000012 8000000000000003 00000010 00000000", m.GetInfo(0x8000000000000003, 16)),
     ("00000013 0000012c", m.LockStorage(300)),
     ("000000c0", m.GetRegisters()),
+    ("000000c1", m.Upgrade()),
 ]
 
 REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
@@ -68,4 +69,5 @@ REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
     (m.LockStorage, "00000009", m.Failure(9)),
     (m.LockStorage, "00000000", m.Done()),
     (m.GetRegisters, "00000000 00000005 00000002 8100", m.Registers(5, b"\x81\0")),
+    (m.Upgrade, "00000000 00000001 00000004 64 6f 6e 65", m.Outcome(True, b"done")),
 ]

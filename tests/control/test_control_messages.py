@@ -159,7 +159,7 @@ def test_reply_that_declares_too_much() -> None:
 def test_table_is_whole() -> None:
     swtpms = [command for command in COMMANDS if not command.extension]
     assert [command.code for command in swtpms] == list(range(1, 20))
-    assert [command.code for command in COMMANDS if command.extension] == [0xC0]
+    assert [command.code for command in COMMANDS if command.extension] == [0xC0, 0xC1]
     assert len({command.name for command in COMMANDS}) == 20
     assert set(BY_REQUEST) == {type(request) for _, request in REQUESTS}
     assert CAPABILITIES == 0x1FFFF
@@ -181,4 +181,6 @@ def test_sequencing() -> None:
         *("CANCEL_TPM_CMD", "STORE_VOLATILE", "GET_STATEBLOB"),
     }
     at_once = {command.name for command in COMMANDS if command.while_executing}
-    assert at_once == {"GET_CAPABILITY", "CANCEL_TPM_CMD", "GET_CONFIG", "SET_DATAFD", "GET_REGISTERS"}
+    assert at_once == {
+        *("GET_CAPABILITY", "CANCEL_TPM_CMD", "GET_CONFIG", "SET_DATAFD", "GET_REGISTERS", "UPGRADE"),
+    }

@@ -44,7 +44,8 @@ FULL = Handover(
     ),
     changed={StateKind.PERMANENT: b"new", StateKind.VOLATILE: None},
     held={StateKind.PERMANENT: b"old"},
-    data_key=bytes(range(32)),
+    secrets={"seal": bytes(range(32)), "file": b"f" * 16, "migration": b"m" * 32},
+    pid_file="/run/crbd.pid",
     listeners={"ctrl": Listener((66, 123456)), "data": Listener()},
     links=(
         ControlLink(

@@ -1,0 +1,192 @@
+"""One process for the next: how a daemon becomes the program that is installed now, without letting go of anything.
+
+    old    trial: the new program is started beside the old one with a copy of the frozen TPM, brings it to life in its
+           own memory, and ends. What it says on stderr is why there is no upgrade.
+    old    frost falls: no client is in the middle of a command any more
+    old    freezes the TPM, writes the handover into memory (memfd), and executes the new program in its own place:
+           same process id, same sockets, same lock, same parent
+    new    takes the handover, thaws, goes on
+
+Until the last of these steps the old program can go on, and does so where anything is in the way. The variable
+CRBD_HANDOVER tells the new program what it was given: the descriptor of the memory and, by name, the others:
+`7:lock=4,listener.ctrl=5,link.0=9`; in a trial `trial:7`.
+
+Signals that arrive between the two are kept by the kernel: they are blocked from before the exec until the new program
+listens for them. (SIGHUP, for one, would end a process that has not yet said what to do at it.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import trio
+
+from crbd.engine.port import Engine, StatePort
+from crbd.errors import EngineError, HandoverError, StateError, StoreError
+from crbd.service.frozen import frozen_of
+from crbd.service.instance import Instance
+from crbd.service.options import InstanceOptions
+from crbd.state.handover import MAX_HANDOVER, Handover, decode, encode
+from crbd.state.handover import NAME as HANDOVER
+from crbd.state.swtpm_sealing import SwtpmKey
+from crbd.store.lockfile import inherit as inherit_lock
+from crbd.store.memory import MemoryStore
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "CRBD_HANDOVER"
+TRIAL_TIMEOUT = 30.0
+"""Seconds that the new program may take to see whether it can go on."""
+MAX_REASON = 2000
+"""Characters of what it says, in the answer to UPGRADE."""
+LOCK = "store.lock"
+"""The name of the descriptor that holds the store's lock."""
+_TRIAL = "trial"
+KEPT_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command line that starts the program that is installed now, with the options of this process."""
+
+    arguments: tuple[str, ...]
+    """The first is the executable's path."""
+
+    @classmethod
+    def of_this_process(cls) -> Program:
+        """The one that this process was started with.
+
+        A script is executed as such, so that its first line counts, which may name another interpreter by now.
+        """
+        given = tuple(sys.orig_argv)
+        script = sys.argv[0]
+        if os.access(script, os.X_OK) and script in given:
+            return cls((os.path.abspath(script), *given[given.index(script) + 1 :]))
+        return cls((sys.executable, *given[1:]))
+
+    async def try_out(self, handover: Handover) -> str | None:
+        """Let the new program see whether it can go on from here; why not, if it cannot. Changes nothing."""
+        trial = replace(handover, links=(), listeners={}, pid_file="", descriptors={})
+        memory = _memory(encode(trial))
+        environment = os.environ | {VARIABLE: f"{_TRIAL}:{memory}"}
+        try:
+            with trio.move_on_after(TRIAL_TIMEOUT):
+                ended = await trio.run_process(
+                    self.arguments,
+                    env=environment,
+                    pass_fds=(memory,),
+                    stdin=b"",
+                    capture_stdout=True,
+                    capture_stderr=True,
+                    check=False,
+                )
+                said = ended.stderr.decode(errors="replace").strip()
+                if ended.returncode == 0:
+                    return None
+                why = said[-MAX_REASON:] or f"it ended with {ended.returncode}"
+                return f"the installed program cannot go on: {why}"
+            return f"the installed program did not say within {TRIAL_TIMEOUT:.0f} s whether it can go on"
+        except OSError as error:
+            return f"{self.arguments[0]} cannot be started: {error.strerror}"
+        finally:
+            os.close(memory)
+
+    def become(self, handover: Handover) -> NoReturn:
+        """Execute it in the place of this process. Raises OSError: then nothing has changed."""
+        memory = _memory(encode(handover))
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
+        passed = (memory, *handover.descriptors.values())
+        named = ",".join(f"{name}={number}" for name, number in handover.descriptors.items())
+        try:
+            for number in passed:
+                os.set_inheritable(number, True)
+            os.execve(self.arguments[0], self.arguments, os.environ | {VARIABLE: f"{memory}:{named}"})
+        finally:
+            for number in passed:
+                os.set_inheritable(number, False)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            os.close(memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What this process was given by the one before it."""
+
+    handover: Handover
+    trial: bool
+    """Only to see whether it could go on: nothing is to be opened, changed or served."""
+
+    def swtpm_key(self, name: str) -> SwtpmKey | None:
+        """The key `file` or `migration`, if there is one."""
+        secret = self.handover.secrets.get(name)
+        return None if secret is None else SwtpmKey(secret)
+
+
+def inheritance() -> Inheritance | None:
+    """What the environment says that this process was given; None at an ordinary start. To be asked once.
+
+    Raises HandoverError.
+    """
+    said = os.environ.pop(VARIABLE, None)
+    if said is None:
+        return None
+    try:
+        kind, _, rest = said.partition(":")
+        trial = kind == _TRIAL
+        descriptors = {} if trial or not rest else dict(_named(pair) for pair in rest.split(","))
+        memory = int(rest if trial else kind)
+        for number in descriptors.values():
+            os.set_inheritable(number, False)
+        with open(memory, "rb") as file:
+            data = file.read(MAX_HANDOVER + 1)
+        handover = decode(data, descriptors)
+    except (ValueError, OSError) as error:
+        raise HandoverError(f"{VARIABLE}={said!r} is not from a crbd: {error}", "unset it") from error
+    except StateError as error:
+        raise HandoverError(error.what, error.remedy) from error
+    if not trial and handover.pid != os.getpid():
+        raise HandoverError(f"{VARIABLE} is for process {handover.pid}, not for {os.getpid()}", "unset it")
+    if LOCK in descriptors:
+        inherit_lock(descriptors[LOCK])
+    return Inheritance(handover, trial)
+
+
+def rehearse(inherited: Inheritance, options: InstanceOptions, make_engine: Callable[[StatePort], Engine]) -> None:
+    """Bring a copy of the TPM to life in memory, and let it go. Raises OperatorError where that is not possible."""
+    store = MemoryStore(inherited.handover.held)
+    instance = Instance(make_engine, store, replace(options, auto_shutdown=False))
+    try:
+        instance.thaw(frozen_of(inherited.handover), HANDOVER)
+    except (EngineError, StoreError) as error:
+        raise HandoverError(str(error), "go on with the release that wrote it") from error
+    finally:
+        instance.close()
+
+
+def listen_to_kept_signals() -> None:
+    """To be called when this process has said what to do at each: what came in between is heard now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_SIGNALS)
+
+
+def _named(pair: str) -> tuple[str, int]:
+    name, _, number = pair.partition("=")
+    return name, int(number)
+
+
+def _memory(data: bytes) -> int:
+    """A descriptor of memory that holds the bytes, to be read from the beginning. Raises OSError."""
+    memory = os.memfd_create("crbd-handover", os.MFD_CLOEXEC)
+    try:
+        with open(memory, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(memory, 0, os.SEEK_SET)
+    except OSError:
+        os.close(memory)
+        raise
+    return memory
