@@ -18,6 +18,7 @@ from crbd.cli.state_options import (
     swtpm_key_of,
 )
 from crbd.errors import StateSealedError, UsageError
+from crbd.service.examination import ek_fingerprint
 from crbd.service.judgement import judge
 from crbd.state.keys import UserKey
 from crbd.state.swtpm_sealing import SwtpmKey
@@ -86,7 +87,8 @@ def _to_crbd(
         if swtpm_key is not None and not (new_keys or arguments.plain):
             raise StateSealedError(f"{source.path} is encrypted", "give --new-key, or --plain if it is to be plain")
         stamp = judge(source.states, engine_maker(arguments), str(source.path))
-        write_crbd(source, target, encoded(document_of(source, stamp, arguments.name), new_keys))
+        fingerprint = ek_fingerprint(source.states, engine_maker(arguments), str(source.path))
+        write_crbd(source, target, encoded(document_of(source, stamp, arguments.name, fingerprint), new_keys))
         return
     if swtpm_key is not None or arguments.name:
         raise UsageError("--swtpm-key and --name are for swtpm's layout, and this is crbd's", "leave them out")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from crbd.cli.state_options import add_keys, add_library, engine_maker, keys_of
-from crbd.errors import UsageError
-from crbd.service.judgement import judge
+from crbd.errors import EngineMissingError, StateError, UsageError
+from crbd.service.examination import examine
+from crbd.service.judgement import MakeEngine, judge
 from crbd.state.document import Document, check_complete
 from crbd.state.keys import UserKey
 from crbd.state.kinds import StateKind
@@ -30,13 +31,20 @@ from crbd.store.layout import Layout
 from crbd.store.offline import OfflineState, layout_of, read_document
 
 Shown = dict[str, Any]
+States = dict[StateKind, bytes | TpmState]
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `inspect`."""
     parser.add_argument("path", metavar="DIR|FILE", type=Path, help="a state directory, or a document from export")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--no-engine",
+        action="store_true",
+        help="do not ask libtpms, of a copy, for endorsement keys and free NV memory",
+    )
     add_keys(parser)
+    add_library(parser)
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +59,26 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Print what is there; returns 0. Raises a StateError."""
     path: Path = arguments.path
     with keys_of(arguments) as keys:
-        if not path.is_dir():
-            shown = {"file": str(path)} | _document(report_document(read_document(path), keys, str(path)))
-        elif layout_of(path) is Layout.SWTPM:
-            _refuse_keys(keys, path)
-            shown = {"directory": str(path)} | _swtpm(report_swtpm(path))
-        else:
-            with OfflineState(path) as state:
-                shown = {"directory": str(path)} | _state(report_state(state, keys))
+        shown, states = _looked_at(path, keys)
+    # The lock is given back by now: nobody has to wait for the engine.
+    shown["tpm"] = None if arguments.no_engine else _asked(states, engine_maker(arguments), str(path))
     print(json.dumps(shown, indent=2) if arguments.json else "\n".join(_lines(shown)))
     return 0
+
+
+def _looked_at(path: Path, keys: tuple[UserKey, ...]) -> tuple[Shown, States]:
+    """What is shown of it, and the TPM's states, none where they are encrypted. Raises a StateError."""
+    if path.is_dir() and layout_of(path) is Layout.SWTPM:
+        _refuse_keys(keys, path)
+        return {"directory": str(path)} | _swtpm(report_swtpm(path)), _verified_swtpm(path)[0]
+    if path.is_dir():
+        with OfflineState(path) as state:
+            report = report_state(state, keys)
+        shown, document = {"directory": str(path)} | _state(report), report.current.document.document
+    else:
+        found = report_document(read_document(path), keys, str(path))
+        shown, document = {"file": str(path)} | _document(found), found.document
+    return shown, {} if document is None else _states_of(document)
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -77,7 +95,7 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _verified(path: Path, keys: tuple[UserKey, ...]) -> tuple[dict[StateKind, bytes | TpmState], str]:
+def _verified(path: Path, keys: tuple[UserKey, ...]) -> tuple[States, str]:
     """The TPM's states (none where they are sealed and there is no key), and what was seen. Raises a StateError."""
     if path.is_dir() and layout_of(path) is Layout.SWTPM:
         _refuse_keys(keys, path)
@@ -96,7 +114,7 @@ def _verified(path: Path, keys: tuple[UserKey, ...]) -> tuple[dict[StateKind, by
     return _states_of(found.document), whole
 
 
-def _verified_swtpm(path: Path) -> tuple[dict[StateKind, bytes | TpmState], str]:
+def _verified_swtpm(path: Path) -> tuple[States, str]:
     files = report_swtpm(path)
     if any(file.encrypted for file in files):
         return {}, "swtpm's files are whole; they are encrypted, and what is inside was not looked at"
@@ -108,7 +126,7 @@ def _verified_swtpm(path: Path) -> tuple[dict[StateKind, bytes | TpmState], str]
     return {kind: data for kind, data in loaded.items() if data is not None}, "swtpm's files are whole"
 
 
-def _states_of(document: Document) -> dict[StateKind, bytes | TpmState]:
+def _states_of(document: Document) -> States:
     states = {kind: document.state(kind) for kind in StateKind}
     return {kind: state for kind, state in states.items() if state is not None}
 
@@ -119,6 +137,26 @@ def _refuse_keys(keys: tuple[UserKey, ...], path: Path) -> None:
 
 
 # -- what is shown
+
+
+def _asked(states: States, make_engine: MakeEngine, name: str) -> Shown | str:
+    """What the TPM says of itself; in words, why it does not. That is no reason not to show the rest."""
+    if StateKind.PERMANENT not in states:
+        return "not asked: its state is encrypted, or there is none"
+    try:
+        found = examine(states, make_engine, name)
+    except (EngineMissingError, StateError) as error:
+        return f"not asked: {error}"
+    return {
+        "engine": found.engine.version,
+        "endorsement_keys": [
+            {"name": f"0x{key.handle:08x}", "fingerprint": key.fingerprint.hex()} for key in found.endorsement_keys
+        ],
+        "persistent_keys": found.persistent_keys,
+        "persistent_free": found.persistent_free,
+        "nv_indices": found.nv_indices,
+        "nv_free_bytes": found.nv_free,
+    }
 
 
 def _state(report: StateReport) -> Shown:

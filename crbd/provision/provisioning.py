@@ -88,8 +88,16 @@ def provision(
             notes=notes + report.notes,
         )
         if report.outcome is not Outcome.KEPT:
-            staged.publish()
+            staged.publish(_ek_fingerprint(report, keeps=keeps))
         return report
+
+
+def _ek_fingerprint(report: ProvisionReport, *, keeps: bool) -> bytes | None:
+    """The first endorsement key's, as an identity has it; None where none was made and the TPM is an old one."""
+    for key in report.keys:
+        if key.role == "EK":
+            return bytes.fromhex(key.fingerprint)
+    return None if keeps else b""
 
 
 def provision_tpm(

@@ -10,6 +10,7 @@ from typing import Final, Self
 from crbd.errors import StateAccessError, StateWriteError, StoreError
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
+from crbd.store.document import DocumentStore
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
 
@@ -45,8 +46,11 @@ class StagedStore(MemoryStore):
             super().commit({kind: data})
         return super().load(kind)
 
-    def publish(self) -> None:
+    def publish(self, ek_fingerprint: bytes | None = None) -> None:
         """Make the permanent state that is here the state of the store behind, in one commit.
+
+        `ek_fingerprint` goes into the identity where the layout has one: SHA-256 of the endorsement key's public area,
+        empty for none, None for the one that was there.
 
         What volatile state of another TPM was there is removed first. Raises StateWriteError; the permanent state is
         as before then.
@@ -55,6 +59,8 @@ class StagedStore(MemoryStore):
         try:
             if any(self._behind.load(kind) is not None for kind in others):
                 self._behind.commit(others)
+            if ek_fingerprint is not None and isinstance(self._behind, DocumentStore):
+                self._behind.name_endorsement_key(ek_fingerprint)
             self._behind.commit({StateKind.PERMANENT: self.load(StateKind.PERMANENT)})
         except StoreError as error:
             raise StateWriteError.of(error) from error

@@ -113,16 +113,17 @@ def swtpm_file(directory: Path, kind: StateKind) -> Path:
 # -- the forms
 
 
-def document_of(source: Source, engine: EngineStamp, name: str) -> Document:
+def document_of(source: Source, engine: EngineStamp, name: str, ek_fingerprint: bytes = b"") -> Document:
     """The first document of a TPM that came from swtpm, with a UUID of its own.
 
-    swtpm's files do not say which engine wrote them: `engine` is one that has accepted them.
+    swtpm's files do not say which engine wrote them: `engine` is one that has accepted them. `ek_fingerprint` is what
+    it says of the endorsement key.
     """
     now = int(time.time())
     stamped = {kind: TpmState(data, engine) for kind, data in source.states.items()}
     side = source.side or SideState()
     return Document(
-        identity=Identity(uuid.uuid4(), name, 1, WRITER, now),
+        identity=Identity(uuid.uuid4(), name, 1, WRITER, now, ek_fingerprint),
         writer_id=os.urandom(WRITER_ID_SIZE),
         written=now,
         permanent=stamped[StateKind.PERMANENT],

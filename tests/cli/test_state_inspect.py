@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from crbd.state.document import encode
+from crbd.state.document import decode, encode
+from crbd.state.saved import EngineStamp, TpmState
 from crbd.state.swtpm import encode_file
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.document import FILE_NAME
 from crbd.store.lockfile import LockFile
 from tests.state import samples as s
 
-from .states import GOLDEN, crbd, golden, key_file, put, put_swtpm, refuse, state
+from .states import GOLDEN, contents, crbd, golden, key_file, put, put_swtpm, refuse, state
 
 
 def inspected(*arguments: str | Path) -> dict[str, object]:
@@ -69,6 +70,46 @@ def test_a_sealed_document_without_and_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "words").write_bytes(b"correct horse\n")
     assert inspected(sealed, "--passphrase", f"file:{tmp_path}/words")["name"] == "golden 2"
     refuse(40, "none of the given keys", "state", "inspect", sealed, "--key", key_file(tmp_path, s.OTHER_KEY))
+
+
+def test_what_the_tpm_says_of_itself_changes_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "tpm", golden(1), golden(3))
+    put_swtpm(tmp_path / "swtpm")
+    before = contents(tmp_path)
+    for shown in (inspected(tmp_path / "tpm"), inspected(tmp_path / "swtpm"), inspected(GOLDEN / "v3-plain.crbd")):
+        tpm = shown["tpm"]
+        assert isinstance(tpm, dict)
+        assert (tpm["endorsement_keys"], tpm["nv_indices"], tpm["persistent_keys"]) == ([], 1, 0)
+        assert tpm["nv_free_bytes"] > 100_000
+    assert inspected(tmp_path / "tpm", "--no-engine")["tpm"] is None
+    assert contents(tmp_path) == before
+
+
+def test_the_identity_names_the_endorsement_key(tmp_path: Path) -> None:
+    """Where provisioning made it, and where a TPM that has one comes from swtpm's layout."""
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert crbd("provision", "--state", one, "--ek", "ecc_nist_p384", "--certificates", "none").status == 0
+    state("convert", one, "--to", "swtpm", "--out", two)
+    state("convert", two, "--to", "crbd", "--out", three)
+    for place in (one, three):
+        shown = inspected(place)
+        tpm, current = shown["tpm"], shown["current"]
+        assert isinstance(tpm, dict)
+        assert isinstance(current, dict)
+        (key,) = tpm["endorsement_keys"]
+        assert key["name"] == "0x81010016"
+        assert current["ek_fingerprint"] == key["fingerprint"]
+
+
+def test_a_tpm_that_cannot_be_asked_is_shown_all_the_same(tmp_path: Path) -> None:
+    assert "encrypted" in str(inspected(GOLDEN / "v3-sealed.crbd")["tpm"])
+    shown = inspected(put(tmp_path, golden(3)), "--libtpms", tmp_path / "absent.so")
+    assert "libtpms cannot be loaded" in str(shown["tpm"])
+    document = decode(golden(3))
+    (tmp_path / "broken").write_bytes(
+        encode(dataclasses.replace(document, permanent=TpmState(b"?", EngineStamp(0, 9, 2))))
+    )
+    assert "does not run the TPM" in str(inspected(tmp_path / "broken")["tpm"])
 
 
 def test_swtpms_layout(tmp_path: Path) -> None:
