@@ -19,6 +19,7 @@ from crbd.store.document import NewTpm
 from crbd.store.layout import Layout, open_state
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
+from tests.cli.states import key_file, state
 from tests.state import samples as s
 
 PERMANENT, VOLATILE, SAVESTATE = StateKind.PERMANENT, StateKind.VOLATILE, StateKind.SAVESTATE
@@ -194,6 +195,35 @@ def test_a_tpm_that_was_here_and_is_gone_is_not_made_anew(open_it: Open, tmp_pat
         store.commit({PERMANENT: b"two"})
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("state.")) == ["elsewhere"]
     store.close()
+
+
+def test_a_directory_that_was_emptied_holds_no_new_tpm(open_it: Open, tmp_path: Path) -> None:
+    store = open_it(create=True)
+    store.commit({PERMANENT: b"one"})
+    store.release()
+    for path in [tmp_path / "state"] if (tmp_path / "state").is_file() else list((tmp_path / "state").iterdir()):
+        path.unlink()
+    with pytest.raises(StateAbsentError):
+        store.lock()
+    assert not store.locked
+    store.close()
+
+
+def test_state_that_was_sealed_anew_meanwhile_is_opened_anew(tmp_path: Path) -> None:
+    """By the same user key; the data key is another."""
+    store = opener(tmp_path / "state", Layout.CRBD, "key")(create=True)
+    store.commit({PERMANENT: b"one"})
+    store.release()
+    key = key_file(tmp_path, bytes(32))
+    options = ["--to", "crbd", "--in-place", "--key", key, "--new-key", key]
+    state("convert", tmp_path / "state", *options)
+    store.lock()
+    assert store.load(PERMANENT) == b"one"
+    store.commit({PERMANENT: b"two"})
+    store.close()
+    again = opener(tmp_path / "state", Layout.CRBD, "key")()
+    assert again.load(PERMANENT) == b"two"
+    again.close()
 
 
 # -- the side state
