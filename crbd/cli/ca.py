@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _show(arguments: argparse.Namespace, files: AuthorityFiles) -> None:
         described = {
             "directory": str(files.directory),
             "signing_key": str(files.signing_key),
-            "root_key": str(files.root_key) if files.root_key.exists() else None,
+            "root_key": str(files.root_key) if os.path.exists(files.root_key) else None,
             "certificates": [_described(certificate) for certificate in chain],
         }
         print(json.dumps(described, indent=2))
@@ -124,7 +125,7 @@ def _export(arguments: argparse.Namespace, files: AuthorityFiles) -> None:
 
 
 def _create(_: argparse.Namespace, files: AuthorityFiles) -> None:
-    there = files.issuer_certificate.exists()
+    there = os.path.exists(files.issuer_certificate)
     open_authority(files)
     print(f"{files.directory}: {'there already' if there else 'made'}")
 

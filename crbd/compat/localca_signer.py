@@ -81,14 +81,14 @@ def open_localca(configuration: str, options: str, log: Log) -> LocalcaSigner:
     default. Where there is no configuration file at all, it is crbd's own authority. Raises OperatorError.
     """
     path = Path(configuration) if configuration else default_file(CONFIGURATION_FILE)
-    if configuration or path.exists():
+    if configuration or os.path.exists(path):
         files = authority_files(read_configuration(path, "config file"), path)
     else:
         files = AuthorityFiles.own(default_directory())
     options_path = Path(options) if options else default_file(OPTIONS_FILE)
-    words = read_options(options_path, "options file") if options or options_path.exists() else []
+    words = read_options(options_path, "options file") if options or os.path.exists(options_path) else []
     platform = _platform_options(_DEFAULT_PLATFORM)
-    if not files.issuer_certificate.exists():
+    if not os.path.exists(files.issuer_certificate):
         log.say("Creating root CA and a local CA's signing key and issuer cert.")
     return LocalcaSigner(open_authority(files), [*platform, *words], log)
 

@@ -152,7 +152,7 @@ def _configuration(options: SetupOptions) -> Configuration:
     """The configuration file; without one that was named or is in a usual place, an empty one. Raises UsageError."""
     named = options["config"]
     path = Path(named) if named else default_file(SETUP_FILE)
-    if not named and not path.exists():
+    if not named and not os.path.exists(path):
         return Configuration("")
     return read_configuration(path, "config file")
 
@@ -177,7 +177,7 @@ def _become(user: str) -> None:
 
 
 def _check_writable(directory: Path) -> None:
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UsageError(
             f"User {user_name()} cannot access directory {directory}. Make sure it exists and is a directory."
         )

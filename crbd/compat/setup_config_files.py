@@ -49,7 +49,7 @@ def create_config_files(words: Collection[str], tool: str) -> None:
     files = _contents(tool)
     if "overwrite" not in words:
         for path in files:
-            if path.exists():
+            if os.path.lexists(path):
                 if "skip-if-exist" in words:
                     return
                 raise UsageError(f"File {path} already exists. Refusing to overwrite.")

@@ -56,13 +56,13 @@ class Place:
         """Raises UsageError where this user may not use the place."""
         user = user_name()
         if self.directory is None:
-            if self.path.exists() and not os.access(self.path, os.R_OK | os.W_OK):
+            if os.path.exists(self.path) and not os.access(self.path, os.R_OK | os.W_OK):
                 raise UsageError(f"Need read/write rights on {self.path} for user {user}.")
             return
         lock = self.path / ".lock"
-        if lock.exists() and not os.access(lock, os.R_OK | os.W_OK):
+        if os.path.exists(lock) and not os.access(lock, os.R_OK | os.W_OK):
             raise UsageError(f"User {user} cannot read/write lockfile {lock}.")
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise UsageError(
                 f"User {user} cannot access directory {self.path}. Make sure it exists and is a directory."
             )

@@ -141,7 +141,7 @@ class LocalAuthority:
     def chain(self) -> list[x509.Certificate]:
         """The issuer's certificate and those above it, as far as they are here. Raises AuthorityError."""
         above = self._files.root_certificate
-        return [self._issuer.certificate, *(load_certificates(above) if above.exists() else [])]
+        return [self._issuer.certificate, *(load_certificates(above) if _exists(above) else [])]
 
     def ek_certificate(self, request: EkRequest) -> bytes:
         """DER of the endorsement key's certificate. Raises AuthorityError."""
@@ -173,13 +173,13 @@ def open_authority(files: AuthorityFiles, *, create: bool = True, certificate_ur
 
     Raises AuthorityError; AuthorityAbsentError where there is none and it may not be made.
     """
-    if not files.issuer_certificate.exists():
+    if not _exists(files.issuer_certificate):
         if not create:
             raise _absent(files)
         _make_directories(files)
         with _locked(files):
             # Another process may have made it while this one waited.
-            if not files.issuer_certificate.exists():
+            if not _exists(files.issuer_certificate):
                 _make(files)
     (certificate, *_), key = load_certificates(files.issuer_certificate), _load_key(files)
     if certificate.public_key() != key.public_key():
@@ -196,7 +196,7 @@ def request_certificate(files: AuthorityFiles) -> bytes:
     """
     _make_directories(files)
     with _locked(files):
-        if files.issuer_certificate.exists():
+        if _exists(files.issuer_certificate):
             raise AuthorityError(
                 f"{files.issuer_certificate} exists", "use another --ca-dir for an authority of another root"
             )
@@ -239,7 +239,7 @@ def accept_certificate(files: AuthorityFiles, pem: bytes, name: str) -> None:
 
 def _make(files: AuthorityFiles) -> None:
     """Go on from what is there. Under the lock."""
-    if files.pending_request.exists():
+    if _exists(files.pending_request):
         raise AuthorityError(
             f"the authority in {files.directory} waits for the certificate of {files.pending_request.name}",
             "have that signed and give it to crbd ca import",
@@ -254,16 +254,16 @@ def _make(files: AuthorityFiles) -> None:
 
 
 def _root(files: AuthorityFiles) -> Issuer:
-    if files.root_key.exists():
+    if _exists(files.root_key):
         key = load_signing_key(files.root_key, files.root_password)
-    elif files.root_certificate.exists():
+    elif _exists(files.root_certificate):
         raise AuthorityError(
             f"{files.root_certificate} exists without {files.root_key}", "bring the root key back, or remove both"
         )
     else:
         key = files.key_kind.make()
         _write(files, files.root_key, _private_pem(key, files.root_password), files.key_mode)
-    if not files.root_certificate.exists():
+    if not _exists(files.root_certificate):
         _write(files, files.root_certificate, _pem([root_certificate(key, files.root_name)]), 0o644)
     certificate = load_certificates(files.root_certificate)[0]
     if certificate.public_key() != key.public_key():
@@ -274,7 +274,7 @@ def _root(files: AuthorityFiles) -> Issuer:
 
 
 def _signing_key(files: AuthorityFiles) -> SigningKey:
-    if files.signing_key.exists():
+    if _exists(files.signing_key):
         return _load_key(files)
     key = files.key_kind.make()
     _write(files, files.signing_key, _private_pem(key, files.signing_password), files.key_mode)
@@ -333,6 +333,17 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    return True
+
+
+def _exists(path: Path) -> bool:
+    """Raises AuthorityError where that cannot be seen."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _inaccessible(path, error) from error
     return True
 
 

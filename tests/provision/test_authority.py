@@ -248,10 +248,12 @@ def test_a_password_is_needed_and_the_right_one(tmp_path: Path) -> None:
         open_authority(replace(secret, signing_password=b"wrong"))
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used_or_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "ca").write_text("a file")
-    with pytest.raises(AuthorityError, match="ca cannot be made"):
+    with pytest.raises(AuthorityError, match=r"ca/issuer-cert\.pem cannot be used: Not a directory"):
         open_authority(files(tmp_path))
+    with pytest.raises(AuthorityError, match="the authority's directory /proc/none/ca cannot be made"):
+        open_authority(AuthorityFiles.own(Path("/proc/none/ca")))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
