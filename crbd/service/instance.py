@@ -274,8 +274,8 @@ class Instance:
         self.cancel()
         with self._lock:
             self._power_off()
-            self._custody.take()
-            self._power_on(delete_volatile=delete_volatile)
+            with self._custody.taken():
+                self._power_on(delete_volatile=delete_volatile)
 
     def stop(self) -> None:
         """Power off. A command that still computes is cancelled: its answer no longer matters."""
@@ -358,8 +358,7 @@ class Instance:
         an empty blob takes it back. `encrypted`: its state is encrypted by the file key. Raises EngineError,
         StateError.
         """
-        with self._lock:
-            self._custody.take()
+        with self._lock, self._custody.taken():
             self._blobs.hand_in(kind, blob, encrypted=encrypted)
 
     def buffer_size(self, wanted: int) -> BufferSize:

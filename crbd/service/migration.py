@@ -19,11 +19,12 @@ command yet writes nothing but what it was handed, so that it can fail without h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 from crbd.engine.port import Engine
-from crbd.errors import EngineError, StateLockedError, StoreFencedError
+from crbd.errors import CrbdError, EngineError, StateLockedError, StoreFencedError
 from crbd.service.durable import DurableState
 from crbd.service.options import InstanceOptions
 from crbd.state.kinds import StateKind
@@ -126,6 +127,7 @@ class Custody:
         self._store = store
         self._state = state
         self._patience = options.lock_retries
+        self._incoming = options.incoming
         self._left: dict[StateKind, bytes] = {}
         """Digests of what lay in the store when the lock was given up; empty where it was not."""
         self._retries = 0
@@ -144,6 +146,17 @@ class Custody:
         if not self.held:
             self._lock(self._patience if retries is None else retries)
         self._left = {}
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """`take`, for what is done in the context; a destination in which that fails leaves the storage to others."""
+        self.take()
+        try:
+            yield
+        except CrbdError:
+            if self._incoming:
+                self._store.release()
+            raise
 
     def give_up(self) -> None:
         """The TPM may go on elsewhere. Raises StoreError (the lock is kept then), StateError."""

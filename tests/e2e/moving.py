@@ -1,5 +1,9 @@
 """A guest that moves from one QEMU and TPM daemon to another while it extends a PCR.
 
+Under TCG a page that the guest writes while QEMU copies it may be missed, and the guest's kernel falls over. So where a
+running guest is to arrive, its memory is a file that both QEMUs map (`Place.common_memory`), as in a local migration of
+QEMU's own; else it is halted first.
+
 A `Side` is a QEMU and a daemon. What the guest did is proven by its PCR: `Chain` starts a loop in the guest that
 extends PCR 12 with 1, 2, 3, … as 256-bit numbers and notes how far it came; the PCR must be what that many extends make
 of it. A lost, a doubled or a rolled back extend shows.
@@ -78,6 +82,7 @@ class Place:
     image: GuestImage
     device: TpmDevice = TpmDevice.CRB
     shared: bool = False
+    common_memory: bool = False
 
     @contextmanager
     def side(
@@ -85,7 +90,6 @@ class Place:
         name: str,
         *,
         incoming: bool = False,
-        booted: bool = True,
         kind: DaemonKind = DaemonKind.CRBD,
         options: Sequence[str] = (),
         machine: Sequence[str] = (),
@@ -94,17 +98,20 @@ class Place:
         directory = self.root / name
         directory.mkdir(exist_ok=True)
         state = self.root / "state" if self.shared else directory / "state"
-        handover = ["release-lock-outgoing", *(["incoming"] if incoming else [])]
-        options = [*options, *(["--migration", ",".join(handover)] if self.shared else [])]
-        fresh = not incoming and not state.exists()
+        handover = [*(["release-lock-outgoing"] if self.shared else []), *(["incoming"] if incoming else [])]
+        if kind is DaemonKind.CRBD and handover:  # Debian 12's swtpm has no such option
+            options = [*options, "--migration", ",".join(handover)]
         machine = [*machine, *(INCOMING if incoming else ())]
-        waits = booted and not incoming
+        if self.common_memory:
+            memory = f"memory-backend-file,id=memory,size=512M,mem-path={self.root}/memory,share=on"
+            machine += ["-object", memory, "-machine", "memory-backend=memory"]
         with (
-            # A destination needs no permission to make a TPM where it is to get one.
-            tpm_daemon(directory, create=fresh or not self.shared, kind=kind, state=state, options=options) as daemon,
-            guest(self.image, directory, daemon.control, self.device, options=machine, booted=waits) as running,
+            # A destination has no permission to make a TPM, and needs none.
+            tpm_daemon(directory, create=not incoming, kind=kind, state=state, options=options) as daemon,
+            guest(self.image, directory, daemon.control, self.device, options=machine, booted=not incoming) as running,
         ):
-            running.monitor.execute("migrate-set-capabilities", _capabilities("events"))
+            capabilities = ("events", "x-ignore-shared") if self.common_memory else ("events",)
+            running.monitor.execute("migrate-set-capabilities", _capabilities(*capabilities))
             running.monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
             yield Side(daemon, running)
 
@@ -143,6 +150,16 @@ def move(source: Side, destination: Side, root: Path) -> None:
     await_migration(destination, "completed")
 
 
+def run_job(side: Side, command: str, arguments: dict[str, object]) -> None:
+    """Run one of QMP's jobs to its good end."""
+    side.monitor.execute(command, {"job-id": "job", **arguments})
+    while side.monitor.await_event("JOB_STATUS_CHANGE")["data"]["status"] != "concluded":
+        pass
+    (job,) = side.monitor.execute("query-jobs")
+    assert "error" not in job, job
+    side.monitor.execute("job-dismiss", {"id": "job"})
+
+
 class Chain:
     """The loop in the guest and its PCR 12."""
 
@@ -158,7 +175,7 @@ class Chain:
     def finish(self, side: Side) -> None:
         """Stop it and see that every extend took place, once, and none failed."""
         said = side.guest.read(_STOP).splitlines()
-        assert said[0].startswith("count "), "\n".join(said)
+        assert said[0].startswith("count "), "\n".join(said) + side.daemon.said()
         count, value = int(said[0].removeprefix("count ")), said[1].lower()
         expected = bytes(32)
         for number in range(1, count + 1):

@@ -5,12 +5,14 @@ Each with a directory of state for either side, and on one directory whose lock 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from .daemon import fresh_directory
-from .moving import Chain, Place, Side, await_migration, enable, move, throttle
+from .daemon import DaemonKind, fresh_directory
+from .moving import Chain, Place, Side, await_migration, enable, move, run_job, throttle
 from .qemu import Guest, GuestImage, TpmDevice
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -27,7 +29,7 @@ tpm2_getcap handles-transient
 tpm2_getcap handles-loaded-session
 tpm2_nvread -C o 0x1500042
 """
-_USE_SESSION = "tpm2_policypcr -Q -S /tmp/s.ctx -l sha256:7\n"
+_USE_SESSION = "tpm2_policycommandcode -Q -S /tmp/s.ctx TPM2_CC_Unseal\n"
 _SLOW = 4 << 20
 """Bytes a second: the guest's memory takes tens of seconds then."""
 
@@ -61,7 +63,7 @@ def place(request: pytest.FixtureRequest, image: GuestImage) -> Iterator[Place]:
 @pytest.mark.parametrize("device", TpmDevice, ids=lambda device: device.value)
 def test_live_with_commands_all_the_time(device: TpmDevice, place: Place) -> None:
     """And the source is killed as soon as QEMU says that the guest has moved."""
-    place = Place(place.root, place.image, device, place.shared)
+    place = replace(place, device=device, common_memory=True)
     with place.side("a") as source, place.side("b", incoming=True) as destination:
         kept = _prepare(source)
         chain = Chain(source)
@@ -79,11 +81,12 @@ def test_live_with_commands_all_the_time(device: TpmDevice, place: Place) -> Non
 
 
 def test_into_a_file_and_back(place: Place) -> None:
-    """The source ends in good order; the guest goes on from the file with another daemon."""
+    """The guest is halted and its source ends in good order; it goes on from the file with another daemon."""
     with place.side("a") as source:
         kept = _prepare(source)
         chain = Chain(source)
         chain.reach(source)
+        source.monitor.execute("stop")
         source.monitor.execute("migrate", {"uri": f"exec:cat >{place.root}/saved"})
         await_migration(source, "completed")
         source.monitor.execute("quit")
@@ -92,6 +95,7 @@ def test_into_a_file_and_back(place: Place) -> None:
     with place.side("b", incoming=True) as destination:
         destination.monitor.execute("migrate-incoming", {"uri": f"exec:cat {place.root}/saved"})
         await_migration(destination, "completed")
+        destination.monitor.execute("cont")
         chain.reach(destination)
         chain.finish(destination)
         _check(destination, kept)
@@ -99,6 +103,7 @@ def test_into_a_file_and_back(place: Place) -> None:
 
 def test_there_and_back_again(place: Place) -> None:
     """A second move, to a new daemon on the first one's state."""
+    place = replace(place, common_memory=True)
     with place.side("b", incoming=True) as there:
         with place.side("a") as source:
             chain = Chain(source)
@@ -156,3 +161,89 @@ def test_destination_killed_half_way(place: Place) -> None:
         chain.reach(source)
         chain.finish(source)
         _check(source, kept)
+
+
+def test_snapshot(place: Place) -> None:
+    """savevm and loadvm: the guest goes on after the one, and again from there after the other."""
+    disk = place.root / "snapshots.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "64M"], check=True)
+    block = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={disk}"
+    where: dict[str, object] = {"tag": "one", "vmstate": "disk", "devices": ["disk"]}
+    with place.side("a", machine=("-blockdev", block)) as side:
+        kept = _prepare(side)
+        chain = Chain(side)
+        before = chain.reach(side)
+        run_job(side, "snapshot-save", where)
+        after = chain.reach(side, 20)
+        _run(side.guest, "printf 'new value' >/tmp/in; tpm2_nvwrite -Q -C o -i /tmp/in 0x1500042")
+        run_job(side, "snapshot-load", where)
+        again = chain.reach(side, 1)
+        assert before <= again < after, "it went back"
+        chain.finish(side)
+        _check(side, kept)
+
+
+def test_destination_that_refuses_the_state(place: Place) -> None:
+    """The state was fetched and the lock given up when the destination fails; whoever manages the guest continues it
+    at the source, as libvirt does."""
+    (place.root / "key").write_text("a passphrase")
+    key = ("--migration-key", f"pwdfile={place.root}/key,mode=aes-256-cbc")
+    with place.side("a", options=key) as source, place.side("b", incoming=True) as destination:
+        kept = _prepare(source)
+        chain = Chain(source)
+        chain.reach(source)
+        uri = f"unix:{place.root}/migration"
+        destination.monitor.execute("migrate-incoming", {"uri": uri})
+        source.monitor.execute("migrate", {"uri": uri})
+        await_migration(source, "completed")
+        assert destination.guest.wait_ended() == 1
+        assert "--migration-key" in destination.daemon.said()
+        source.monitor.execute("cont")
+        chain.reach(source)
+        chain.finish(source)
+        _check(source, kept)
+        assert not (place.root / "b" / "state" / "tpm.crbd").exists(), "nothing was made where nothing arrived"
+
+
+def test_source_that_goes_on_although_the_guest_has_moved(image: GuestImage) -> None:
+    """On one directory: its TPM answers with failure as long as the destination runs."""
+    with fresh_directory() as root:
+        place = Place(root, image, shared=True)
+        with place.side("a") as source, place.side("b", incoming=True) as destination:
+            chain = Chain(source)
+            chain.reach(source)
+            source.monitor.execute("stop")
+            move(source, destination, place.root)
+            destination.monitor.execute("cont")
+            chain.reach(destination)
+            source.monitor.execute("cont")
+            failed = source.guest.run(f"{_RAW}tpm2_getrandom 4", seconds=60)
+            assert failed.status != 0, failed.text
+            assert "in use by" in source.daemon.said()
+            source.kill()
+            chain.reach(destination)
+            chain.finish(destination)
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["plain", "migration key"])
+def test_from_swtpm_to_crbd_and_back(keyed: bool, image: GuestImage) -> None:
+    """Live both ways, with one guest."""
+    with fresh_directory() as root:
+        place = Place(root, image, common_memory=True)
+        (root / "key").write_text("a passphrase")
+        options = ("--migration-key", f"pwdfile={root}/key,mode=aes-256-cbc") if keyed else ()
+        with place.side("b", incoming=True, options=options) as ours:
+            with place.side("a", kind=DaemonKind.SWTPM, options=options) as theirs:
+                kept = _prepare(theirs)
+                chain = Chain(theirs)
+                chain.reach(theirs)
+                move(theirs, ours, root)
+                theirs.kill()
+            chain.reach(ours)
+            _check(ours, kept)
+            with place.side("c", incoming=True, kind=DaemonKind.SWTPM, options=options) as theirs:
+                move(ours, theirs, root)
+                ours.kill()
+                chain.reach(theirs)
+                chain.finish(theirs)
+                _check(theirs, kept)

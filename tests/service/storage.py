@@ -5,6 +5,7 @@ Neither waits for the other's lock: both live in one thread.
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,3 +52,14 @@ def destination_at(path: Path, layout: Layout = Layout.CRBD, make: MakeEngine = 
     instance = Instance(make, opened(path, layout, incoming=True), options)
     instance.check()
     return instance
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process takes another byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

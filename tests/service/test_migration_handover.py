@@ -9,7 +9,7 @@ import pytest
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
-from crbd.errors import StateAbsentError, StateLockedError, StoreFencedError
+from crbd.errors import CrbdError, StateAbsentError, StateLockedError, StoreFencedError
 from crbd.service.instance import Instance
 from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration
@@ -17,7 +17,7 @@ from crbd.store.layout import Layout
 from crbd.tpm.head import response_code
 from tests.engine import commands as c
 
-from .storage import MakeEngine, destination_at, directory, opened, source_at
+from .storage import MakeEngine, destination_at, directory, full_disk, opened, source_at
 
 PERMANENT, VOLATILE, SAVESTATE = StateKind.PERMANENT, StateKind.VOLATILE, StateKind.SAVESTATE
 EXTEND = c.pcr_extend(16, b"\x11" * 32)
@@ -166,6 +166,29 @@ def test_a_source_never_goes_on_where_the_destination_changed_the_state(path: Pa
     assert run(source, c.STARTUP_CLEAR) == c.SUCCESS
     assert c.nv_value(source.execute(c.nv_read(8))) == b"younger!"
     source.close()
+
+
+@pytest.mark.parametrize("refused", ["permanent", "volatile", "INIT"])
+def test_a_destination_that_refuses_what_it_gets_leaves_the_storage_to_others(
+    path: Path, layout: Layout, refused: str
+) -> None:
+    """It lives on: whoever manages the guest may end it later, or try again."""
+    source, destination = started(path, layout), destination_at(path, layout)
+    blobs = blobs_of(source)
+    if refused != "permanent":
+        destination.set_state_blob(PERMANENT, blobs[PERMANENT])
+    if refused == "INIT":
+        with full_disk(), pytest.raises(CrbdError):
+            destination.init(delete_volatile=True)
+    else:
+        kind = PERMANENT if refused == "permanent" else VOLATILE
+        with pytest.raises(CrbdError):
+            destination.set_state_blob(kind, blobs[kind][:-5])
+    assert run(source, EXTEND) == c.SUCCESS
+    receive(destination, blobs_of(source))
+    assert run(destination, EXTEND) == c.SUCCESS
+    source.close()
+    destination.close()
 
 
 def test_a_destination_that_gets_nothing_makes_nothing(path: Path, layout: Layout) -> None:

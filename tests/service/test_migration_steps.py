@@ -12,9 +12,8 @@ The guest's commands are counted by a PCR (volatile) and an NV index (permanent)
 from __future__ import annotations
 
 import hashlib
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -31,20 +30,9 @@ from crbd.store.layout import Layout
 from crbd.tpm.head import response_code
 from tests.engine import commands as c
 
-from .storage import directory, opened
+from .storage import directory, full_disk, opened
 
 PCR = 16
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process takes another byte."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Process:
