@@ -231,7 +231,7 @@ class DirectoryStore:
             self._held_a_tpm = True
             return
         if self._held_a_tpm:
-            raise StateAbsentError(f"the TPM that was in {self._path} is gone", "see who removed it; no new one is made")
+            raise StateAbsentError(f"the TPM that was in {self._path} is gone", "see who removed it: none is made anew")
         if self._backup.exists():
             raise StateDamagedError(
                 f"{state} is missing while {self._backup.name} is there",
