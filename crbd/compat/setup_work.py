@@ -21,6 +21,7 @@ from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
 from crbd.store.layout import open_backend
+from crbd.store.memory import MemoryStore
 from crbd.store.options import FileOptions
 from crbd.store.port import Store
 
@@ -71,42 +72,26 @@ def provision_other(
         raise
 
 
-class _Overwritten:
-    """A store whose TPM is given up: nothing is read from it, be it damaged or of another key, until it is written."""
+class _Overwritten(MemoryStore):
+    """A store whose TPM is given up: nothing is read from it, be it damaged or of another key. What is written to this
+    one is written to it too."""
 
     def __init__(self, behind: Store) -> None:
+        super().__init__()
         self._behind = behind
-        self._rewritten = False
 
     @property
     def name(self) -> str:
         return self._behind.name
 
-    @property
-    def locked(self) -> bool:
-        return self._behind.locked
-
-    def lock(self) -> None:
-        self._behind.lock()
-
-    def release(self) -> None:
-        self._behind.release()
-
     def use_engine(self, stamp: EngineStamp) -> None:
         self._behind.use_engine(stamp)
 
-    def load(self, kind: StateKind) -> bytes | None:
-        return self._behind.load(kind) if self._rewritten else None
-
-    def load_side(self) -> SideState | None:
-        return self._behind.load_side() if self._rewritten else None
-
     def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
-        if not self._rewritten:
-            # The old TPM's volatile state never meets the new TPM, not even in a power cut.
-            self._behind.commit({kind: None for kind in StateKind if kind is not StateKind.PERMANENT})
+        # The old TPM's volatile state never meets the new TPM, not even in a power cut.
+        self._behind.commit({kind: None for kind in StateKind if kind is not StateKind.PERMANENT})
         self._behind.commit(changes, side)
-        self._rewritten = True
+        super().commit(changes, side)
 
     def close(self) -> None:
         self._behind.close()
