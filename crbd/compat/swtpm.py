@@ -120,6 +120,8 @@ def _run(line: CommandLine, reporter: _Reporter) -> int:
     user = find_user(line.texts["--runas"]) if "--runas" in line.texts else None
     background = Background() if line.daemon else None
     if "--chroot" in line.texts:
+        # libtpms, and what it opens, is out of reach afterwards.
+        spare_engine().close()
         change_root(Path(line.texts["--chroot"]))
     if user is not None:
         become(user)

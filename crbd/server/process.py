@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from crbd.engine.declarations import load
 from crbd.errors import OperatorError, UsageError
 
 _ID_MAX = 2**32 - 2
@@ -64,11 +63,11 @@ def become(user: User) -> None:
 
 
 def change_root(path: Path) -> None:
-    """See nothing but what is below `path` from now on. What would be loaded later is loaded before.
+    """See nothing but what is below `path` from now on. The modules that would be loaded later are loaded before; the
+    TPM engine is its caller's to load.
 
     Raises OperatorError.
     """
-    load()
     for name in _LATE_IMPORTS:
         import_module(name)
     try:

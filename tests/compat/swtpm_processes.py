@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -135,3 +136,8 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def mode_of(path: Path) -> int:
+    """Permission bits."""
+    return stat.S_IMODE(path.lstat().st_mode)
