@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ PATIENCE = 20.0
 CRBD = [sys.executable, "-m", "crbd"]
 
 
-def crbd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
-    return subprocess.run([*CRBD, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=PATIENCE)
+def crbd(*arguments: str | Path, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run to the end; `through` is a command that runs it."""
+    command = [*through, *CRBD, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -31,9 +32,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 @contextmanager
-def serving(place: Path, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """`crbd serve` with a pid file `place/pid`, from the moment that it serves."""
-    command = [*CRBD, "serve", "--pid", str(place / "pid"), *map(str, arguments)]
+def serving(place: Path, *arguments: str | Path, through: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """`crbd serve` with a pid file `place/pid`, from the moment that it serves; `through` is a command that runs it."""
+    command = [*through, *CRBD, "serve", "--pid", str(place / "pid"), *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: (place / "pid").exists() or process.poll() is not None, "the pid file")
