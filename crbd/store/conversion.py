@@ -23,7 +23,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from crbd.errors import StateDamagedError, StateDowngradeError, StateError, StateWriteError, StoreError
+from crbd.errors import (
+    StateAbsentError,
+    StateDamagedError,
+    StateDowngradeError,
+    StateError,
+    StateWriteError,
+    StoreError,
+)
 from crbd.state.document import Document, check_complete
 from crbd.state.header import WRITER_ID_SIZE
 from crbd.state.keys import UserKey
@@ -80,7 +87,10 @@ def source_of(path: Path, keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None)
         store = open_store(path, create=False, key=swtpm_key)
         try:
             files = tuple(file for file in _swtpm_files(path) if file.exists())
-            yield Source(path, layout, loaded(store), store.load_side(), files, None, None)
+            states = loaded(store)
+            if StateKind.PERMANENT not in states:
+                raise StateAbsentError(f"{path} holds no TPM yet", "start one on it first, or name another")
+            yield Source(path, layout, states, store.load_side(), files, None, None)
         finally:
             store.close()
         return
@@ -203,8 +213,8 @@ def _write_files(directory: Path, source: Source, key: SwtpmKey | None) -> None:
     """The caller holds the lock. Permanent state goes last: without it what else is there is refused by everybody."""
     store = DirectoryStore(directory, create=False, key=key, options=FileOptions(locking=False))
     store.lock()
-    permanent = {kind: data for kind, data in source.states.items() if kind is StateKind.PERMANENT}
-    others = {kind: data for kind, data in source.states.items() if kind is not StateKind.PERMANENT}
+    others = dict(source.states)
+    permanent = {StateKind.PERMANENT: others.pop(StateKind.PERMANENT)}
     try:
         store.commit(others, source.side)
         store.commit(permanent)

@@ -17,6 +17,7 @@ from crbd.state.swtpm import decode_file
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.document import FILE_NAME
 from crbd.store.layout import Layout, found_in
+from crbd.store.linear import encode_head
 from tests.state import samples as s
 
 from .states import blobs, contents, crbd, document, golden, key_file, put, put_swtpm, refuse, state, undo
@@ -278,6 +279,8 @@ def test_refusals(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     linear, to_linear = tmp_path / "linear", ["--to", "linear"]
     state("convert", swtpm, *to_linear, "--out", linear)
+    blank = tmp_path / "blank"
+    blank.write_bytes(encode_head({}))
     to_crbd, to_swtpm = ["--to", "crbd"], ["--to", "swtpm"]
     cases: list[tuple[int, str, list[str | Path]]] = [
         (2, "--out --in-place is required", [plain, *to_swtpm]),
@@ -305,6 +308,8 @@ def test_refusals(tmp_path: Path) -> None:
         (2, "use --swtpm-key, or none", [swtpm, *to_linear, *out, *key]),
         (2, "use --swtpm-key, or none", [linear, *to_swtpm, *out, "--plain"]),
         (10, "exists", [swtpm, *to_linear, "--out", linear]),
+        (11, "holds no TPM yet", [blank, *to_crbd, *out]),
+        (11, "holds no TPM yet", [blank, *to_swtpm, *out]),
         (43, "is not encrypted", [linear, *to_swtpm, *out, *theirs]),
         (19, "not swtpm's linear file", [plain / FILE_NAME, *to_swtpm, *out]),
         (11, "no TPM state", [tmp_path / "absent", *to_crbd, *out]),
