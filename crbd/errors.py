@@ -224,6 +224,13 @@ class DaemonError(OperatorError):
     meaning = "a running daemon could not be asked, or does not know what it was asked"
 
 
+class NotUpgradedError(OperatorError):
+    """A running daemon was not upgraded; it goes on as before."""
+
+    exit_code = 34
+    meaning = "a running daemon was not upgraded, and goes on as before"
+
+
 class HandoverError(OperatorError):
     """What the daemon before this one handed over cannot be gone on with."""
 

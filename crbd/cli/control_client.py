@@ -13,12 +13,16 @@ TIMEOUT = 10.0
 """Seconds that the daemon may take for an answer."""
 
 
-def ask(endpoint: Endpoint, request: Request) -> Reply:
-    """The daemon's reply to a request, success or not. Raises DaemonError where there is none, UsageError for fd:."""
+def ask(endpoint: Endpoint, request: Request, patience: float = TIMEOUT) -> Reply:
+    """The daemon's reply to a request, success or not, for which it may take `patience` seconds.
+
+    Raises DaemonError where there is none, UsageError for fd:.
+    """
     decoder = ReplyDecoder()
     decoder.expect(type(request))
     try:
         with _connect(endpoint) as connected:
+            connected.settimeout(patience)
             connected.sendall(encode_request(request))
             while (reply := decoder.next_reply()) is None:
                 piece = connected.recv(1 << 16)
@@ -28,7 +32,7 @@ def ask(endpoint: Endpoint, request: Request) -> Reply:
                     break
     except TimeoutError as error:
         raise DaemonError(
-            f"no answer from {endpoint} within {TIMEOUT:.0f} s", "is it a crbd's control socket?"
+            f"no answer from {endpoint} within {patience:.0f} s", "is it a crbd's control socket?"
         ) from error
     except OSError as error:
         raise DaemonError(f"{endpoint}: {error.strerror}", "name the control socket of a running crbd") from error

@@ -16,6 +16,7 @@ from crbd.errors import OperatorError, UsageError
 
 COMMANDS = {
     "serve": "serve one TPM",
+    "reload": "put the crbd that is installed now in the place of a running one",
     "registers": "show the CRB registers of a running TPM",
     "state": "look at, copy, convert and repair the state of a TPM that does not run",
     "compat-path": "print the directory that takes swtpm's place in PATH",

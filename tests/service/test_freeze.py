@@ -99,7 +99,7 @@ STEPS: dict[str, Step] = {
     "hash end": lambda instance: attempt(instance.hash_end),
     "established": lambda instance: attempt(instance.established),
     "reset established": lambda instance: attempt(lambda: instance.reset_established(3)),
-    "registers": lambda instance: registers(instance),
+    "registers": registers,
     "shutdown": executing(c.SHUTDOWN_STATE),
     "stop": lambda instance: instance.stop(),
     "small buffer": lambda instance: attempt(lambda: instance.buffer_size(3072)),
