@@ -26,23 +26,25 @@ HOOK_TIMEOUT = 60.0
 _FORMS = "use file:PATH, fd:NUMBER, credential:NAME or exec:PROGRAM"
 
 
-def read_key(source: str) -> RawKey:
-    """The key that `--key` names. Raises UsageError."""
-    found = _read(source, "--key")
+def read_key(source: str, option: str = "--key") -> RawKey:
+    """The key that `option` names. Raises UsageError."""
+    found = _read(source, option)
     try:
         text = bytes(found).strip()
         if len(found) != 32 and len(text) == 64:
             return RawKey(bytearray.fromhex(text.decode("ascii")))
         return RawKey(found)
     except ValueError as error:
-        raise UsageError(f"--key {source}: 64 characters, and not all are hexadecimal digits", "see --help") from error
+        raise UsageError(
+            f"{option} {source}: 64 characters, and not all are hexadecimal digits", "see --help"
+        ) from error
     finally:
         _wipe(found)
 
 
-def read_passphrase(source: str) -> Passphrase:
-    """The passphrase that `--passphrase` names. Raises UsageError."""
-    found = _read(source, "--passphrase")
+def read_passphrase(source: str, option: str = "--passphrase") -> Passphrase:
+    """The passphrase that `option` names. Raises UsageError."""
+    found = _read(source, option)
     try:
         return Passphrase(found.removesuffix(b"\n"))
     finally:

@@ -68,25 +68,25 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def keys_of(arguments: argparse.Namespace) -> Iterator[tuple[UserKey, ...]]:
     """The keys that `add_keys` declared, wiped at the end. Raises UsageError."""
-    with _read(arguments.key, arguments.passphrase) as keys:
+    with _read(arguments.key, arguments.passphrase, "") as keys:
         yield keys
 
 
 @contextmanager
 def new_keys_of(arguments: argparse.Namespace) -> Iterator[tuple[UserKey, ...]]:
     """The keys that `add_new_keys` declared, wiped at the end. Raises UsageError."""
-    with _read(arguments.new_key, arguments.new_passphrase) as keys:
+    with _read(arguments.new_key, arguments.new_passphrase, "new-") as keys:
         yield keys
 
 
 @contextmanager
-def _read(key: str | None, passphrase: str | None) -> Iterator[tuple[UserKey, ...]]:
+def _read(key: str | None, passphrase: str | None, which: str) -> Iterator[tuple[UserKey, ...]]:
     keys: list[UserKey] = []
     try:
         if key is not None:
-            keys.append(read_key(key))
+            keys.append(read_key(key, f"--{which}key"))
         if passphrase is not None:
-            keys.append(read_passphrase(passphrase))
+            keys.append(read_passphrase(passphrase, f"--{which}passphrase"))
         yield tuple(keys)
     finally:
         for each in keys:

@@ -140,7 +140,8 @@ def v1_to_v2(state: CrbStateV1) -> CrbStateV2:
 def v2_to_v3(state: CrbStateV2) -> CrbStateV3:
     """One locality; the buffer as long as CMD_SIZE says; the command that executes stands in the buffer.
 
-    Raises StateDamagedError for a page that says it has chunks, or a longer buffer than a page.
+    Raises StateDamagedError for a page that says it has chunks, or a longer buffer than a page, or has more in LOC_STS
+    than any device ever had: it is a word there, and a byte in the newer form.
     """
     registers = words_of(state.page)
     if registers[Offset.INTF_ID // 4] & _CHUNKS:
@@ -154,6 +155,8 @@ def v2_to_v3(state: CrbStateV2) -> CrbStateV3:
         declared = int.from_bytes(buffer[2:6], "big")
         transfer = CrbTransfer(executor=0, command=buffer[:declared], response=b"", offset=0)
     status = registers[Offset.LOC_STS // 4]
+    if status > 0xFF:
+        raise damaged("LOC_STS", f"is {status:#x}")
     return CrbStateV3(False, (status,), 0, registers, buffer, transfer)
 
 

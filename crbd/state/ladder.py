@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from crbd.crb.snapshot import damaged
 from crbd.errors import StateDamagedError, StateDowngradeError
 from crbd.state import crb
 from crbd.state.header import FORMAT_VERSION
@@ -75,11 +74,7 @@ def _crb_v1_to_v2(section: Section) -> Section:
 def _crb_v2_to_v3(section: Section) -> Section:
     state = crb.decode(section.version, section.data)
     assert isinstance(state, crb.CrbStateV2)
-    newer = crb.v2_to_v3(state)
-    if max(newer.statuses) > 0xFF:
-        # A word in a page, a byte in the newer form: more than that no device ever had in it.
-        raise damaged("LOC_STS", f"is {max(newer.statuses):#x}")
-    return _section(section, newer)
+    return _section(section, crb.v2_to_v3(state))
 
 
 def _lowered(section: Section, version: int) -> Section:

@@ -109,7 +109,9 @@ class Seal:
     def add(self, key: UserKey) -> None:
         """Let `key` open the documents written from now on. Raises UsageError: no room, or its label is taken."""
         if len(self._slots) == MAX_SLOTS:
-            raise UsageError(f"all {MAX_SLOTS} key slots are in use", "remove one first")
+            raise UsageError(
+                f"all {MAX_SLOTS} key slots are in use", "exchange one: crbd state rekey without --keep-old"
+            )
         if any(slot.label == key.label for slot in self._slots):
             raise UsageError(f"there is a key slot {key.label!r} already", "choose another label, or remove it first")
         self._slots += (wrap(self._data_key, key, self._uuid, self._entropy),)
@@ -122,6 +124,25 @@ class Seal:
         if not kept:
             raise UsageError(f"{label!r} is the last key slot", "add another key first")
         self._slots = kept
+
+    def exchange(self, labels: Iterable[str], keys: Iterable[UserKey]) -> None:
+        """Take slots out and put one in for each key, in one step: it works where all slots are in use.
+
+        Raises UsageError as `remove` and `add` do; the slots are as before then.
+        """
+        before = self._slots
+        gone = set(labels)
+        self._slots = tuple(slot for slot in before if slot.label not in gone)
+        try:
+            if len(before) - len(self._slots) != len(gone):
+                raise UsageError(f"there are no key slots {_shown(gone)}", f"there are {_listed(before)}")
+            for key in keys:
+                self.add(key)
+            if not self._slots:
+                raise UsageError(f"{_shown(gone)} are all key slots", "add another key")
+        except BaseException:
+            self._slots = before
+            raise
 
     def wipe(self) -> None:
         """Overwrite the data key; the object is of no use afterwards."""
@@ -218,9 +239,7 @@ def open_area(
     raise wrong_key(slots, name)
 
 
-def reopen_area(
-    area: bytes, uuid: UUID, data_key: bytes, name: str, *, entropy: Entropy = secrets.token_bytes
-) -> Seal:
+def reopen_area(area: bytes, uuid: UUID, data_key: bytes, name: str, *, entropy: Entropy = secrets.token_bytes) -> Seal:
     """The seal with the data key itself, as `Seal.data_key` gave it.
 
     Raises StateWrongKeyError where it is another's, StateDamagedError.
@@ -240,6 +259,10 @@ def no_key(slots: tuple[KeySlot, ...], name: str) -> StateSealedError:
 def wrong_key(slots: tuple[KeySlot, ...], name: str) -> StateWrongKeyError:
     """The error for a sealed document that the given keys do not open."""
     return StateWrongKeyError(f"{name} is encrypted and none of the given keys opens it", f"give {_listed(slots)}")
+
+
+def _shown(labels: Iterable[str]) -> str:
+    return " and ".join(repr(label) for label in sorted(labels))
 
 
 def _listed(slots: tuple[KeySlot, ...]) -> str:

@@ -197,9 +197,7 @@ def rekey(state: OfflineState, keys: tuple[UserKey, ...], new_keys: tuple[UserKe
         for key in new_keys:
             key.label = _free_label(key.label, taken)
             taken.add(key.label)
-            seal.add(key)
-        for slot in removed:
-            seal.remove(slot.label)
+        seal.exchange([slot.label for slot in removed], new_keys)
         rewrapped = rewrap(data, seal, state.name)
         state.commit(rewrapped)
         state.commit(rewrapped)

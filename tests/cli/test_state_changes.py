@@ -80,6 +80,33 @@ def test_rekey_that_only_adds(tmp_path: Path) -> None:
     assert decode(held(made), [s.passphrase(b"other words")]) == decode(held(made), [s.key()])
 
 
+def test_rekey_where_all_eight_slots_are_in_use(tmp_path: Path) -> None:
+    others = [RawKey(bytes((number,)) * 32, f"other {number}") for number in range(1, 8)]
+    made = put(tmp_path / "tpm", generation(1, Seal.create(s.UUID_A, [s.key(), *others])))
+    keys = ["--key", key_file(tmp_path), "--new-key", key_file(tmp_path, s.OTHER_KEY, "new")]
+    refuse(2, "all 8 key slots are in use", "state", "rekey", made, *keys, "--keep-old", untouched=made)
+    assert "key file 'key 2'" in state("rekey", made, *keys)
+    for data in (held(made), undo(made)):
+        assert data is not None
+        assert permanent(data, s.OTHER_KEY) == b"state of generation 1"
+        assert len(key_slots(data)) == 8
+        with pytest.raises(StateWrongKeyError):
+            decode(data, [s.key()])
+    assert permanent(held(made), bytes((7,)) * 32) == b"state of generation 1"
+
+
+def test_a_new_key_that_cannot_be_read_is_called_so(tmp_path: Path) -> None:
+    made, key = put(tmp_path / "tpm", golden(3, "sealed")), ["--key", key_file(tmp_path)]
+    missing = f"file:{tmp_path}/missing"
+    refuse(2, f"--new-key {missing}: No such file", "state", "rekey", made, *key, "--new-key", missing)
+    refuse(2, f"--new-passphrase {missing}: No such", "state", "rekey", made, *key, "--new-passphrase", missing)
+    refuse(2, f"--key {missing}: No such file", "state", "rekey", made, "--key", missing)
+    (tmp_path / "digits").write_bytes(b"x" * 64)
+    refuse(
+        2, f"--new-key file:{tmp_path}/digits: 64", "state", "rekey", made, *key, "--new-key", f"file:{tmp_path}/digits"
+    )
+
+
 def test_rekey_refuses(tmp_path: Path) -> None:
     made = put(tmp_path / "tpm", golden(3, "sealed"))
     plain = put(tmp_path / "plain", golden(3))

@@ -417,6 +417,14 @@ def test_pages_of_older_versions_that_could_never_be() -> None:
     shorter = bytes(page[:0x58]) + b"\x00\x02\0\0" + bytes(page[0x5C:-1]) + b"\x01"
     with pytest.raises(StateDamagedError, match="CMD_SIZE is 0x200"):
         saved_form.v2_to_v3(CrbStateV2(shorter))
+    at = Offset.LOC_STS
+    for status, refused in ((0xFF, False), (0x100, True), (1 << 31, True)):
+        odd = CrbStateV2(bytes(page[:at]) + status.to_bytes(4, "little") + bytes(page[at + 4 :]))
+        if refused:
+            with pytest.raises(StateDamagedError, match=f"LOC_STS is {status:#x}"):
+                saved_form.v2_to_v3(odd)
+        else:
+            assert saved_form.v2_to_v3(odd).statuses == (status,)
 
 
 def test_a_device_that_can_be_moved_is_where_it_was_saved() -> None:

@@ -155,6 +155,28 @@ def test_slots_are_up_to_eight_with_labels_of_their_own() -> None:
         Seal.create(s.UUID_A, [])
 
 
+def test_slots_are_exchanged_in_one_step_or_not_at_all() -> None:
+    keys = [RawKey(bytes((number,)) * 32, f"key {number}") for number in range(MAX_SLOTS)]
+    seal = Seal.create(s.UUID_A, keys)
+    for labels, new, words in (
+        (["key 1"], [s.key(), s.other_key()], "all 8"),
+        (["key 1", "key 9"], [s.key()], "'key 1' and 'key 9'.*there are key file 'key 0'"),
+        (["key 1"], [RawKey(s.KEY, "key 2")], "'key 2' already"),
+        ([key.label for key in keys], [], "are all key slots"),
+    ):
+        before = seal.slots
+        with pytest.raises(UsageError, match=words):
+            seal.exchange(labels, new)
+        assert seal.slots == before
+    seal.exchange(["key 1"], [s.key()])
+    data = encode(DOCUMENT, seal)
+    assert decode(data, [s.key()]) == decode(data, [keys[7]]) == DOCUMENT
+    with pytest.raises(StateWrongKeyError):
+        decode(data, [keys[1]])
+    seal.exchange([slot.label for slot in seal.slots], [s.passphrase()])
+    assert [slot.label for slot in seal.slots] == ["passphrase"]
+
+
 def test_a_slot_of_an_unknown_kind_is_kept_and_not_opened() -> None:
     seal = Seal.create(s.UUID_A, [s.key()])
     stranger = KeySlot(200, "kms", b"whatever")
