@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .comparison import Seen, scenario
-from .subject import Ended, Subject, first_line, run, running, status_text, told
+from .subject import Ended, Subject, first_line, run, running, start, status_text, told
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -99,7 +99,7 @@ def refused_options(subject: Subject, place: Path, seen: Seen) -> None:
         arguments = text.replace("PLACE", str(place)).split()
         base = [] if "--tpmstate" in text else ["--tpmstate", f"dir={place / 'state'}"]
         base += [] if "type=" in text or "fd" in text or "port" in text else ["--ctrl", f"type=unixio,path={place}/c"]
-        ended = run(subject, "swtpm", "socket", "--tpm2", *base, *arguments)
+        ended = start(subject, place, "socket", "--tpm2", *base, *arguments)
         seen.note(text, told(ended, place))
         seen.note(f"{text}: files", ", ".join(sorted(path.name for path in (place / "state").iterdir())) or "none")
         for path in (place / "state").iterdir():
@@ -125,7 +125,8 @@ def incomplete_command_lines(subject: Subject, place: Path, seen: Seen) -> None:
         "cuse",
         "cuse --help",
     ):
-        ended = run(subject, "swtpm", *text.replace("PLACE", str(place)).split(), environment={"TPM_PATH": ""})
+        arguments = text.replace("PLACE", str(place)).split()
+        ended = start(subject, place, *arguments, environment={"TPM_PATH": ""})
         seen.note(f"swtpm {text}".strip(), told(ended, place))
 
 

@@ -19,6 +19,7 @@ from .subject import (
     modes,
     run,
     running,
+    start,
     told,
     wait_until,
 )
@@ -146,7 +147,7 @@ def descriptors(subject: Subject, place: Path, seen: Seen) -> None:
         with theirs, running(subject, here, *ON, *option, sockets="ctrl", fds=(theirs.fileno(),)) as daemon:
             theirs.close()
             with Channel(ours) as data:
-                seen.note(f"{name}: PCR_Read", data.response(READ_PCR_16))
+                seen.note(f"{name}: PCR_Read", data.response(READ_PCR_16, SILENCE))
             seen.note(f"{name}: the client leaves", daemon.ended())
     here = place / "clientfd"
     here.mkdir()
@@ -211,7 +212,7 @@ def a_locked_directory(subject: Subject, place: Path, seen: Seen) -> None:
     tail = ("--tpmstate", f"dir={place / 'state'}", "--server", f"type=unixio,path={second}/data", "--ctrl",
             f"type=unixio,path={second}/ctrl")  # fmt: skip
     with running(subject, place, *ON):
-        seen.note("powered on at the start", told(run(subject, "swtpm", "socket", "--tpm2", *tail, *ON), second))
+        seen.note("powered on at the start", told(start(subject, second, "socket", "--tpm2", *tail, *ON), second))
         seen.note("powered on at the start: files", modes(second))
         with running(subject, second, *tail, sockets="") as daemon, daemon.control() as control:
             seen.note("INIT", control.ask("00000002 00000000", 4))
@@ -288,27 +289,20 @@ def daemonized(subject: Subject, place: Path, seen: Seen) -> None:
 def environment(subject: Subject, place: Path, seen: Seen) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
     state = place / "state"
     state.mkdir()
-    arguments = ("socket", "--tpm2", *ON, "--pid", f"file={place}/pid")
-    variables = os.environ | {"TPM_PATH": str(state), "TPM_PORT": str(port)}
-    command = [subject.program("swtpm"), *arguments]
-    with subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: has_text(place / "pid") or process.poll() is not None, "the pid file")
-            try:
-                connected = socket.create_connection(("127.0.0.1", port))
-            except ConnectionRefusedError:
-                seen.note("a connection to TPM_PORT", "refused")
-            else:
-                with Channel(connected) as data:
-                    seen.note("PCR_Read at TPM_PORT", data.response(READ_PCR_16))
-                    seen.note("a second command on the same connection", data.response(READ_PCR_16, SILENCE)[:20])
-            seen.note("the end", Daemon(process, place).end())
-        finally:
-            process.kill()
-    seen.note("files", modes(place))
-    for value in ("x", "0", "70000"):
-        ended = run(subject, "swtpm", *arguments, environment={"TPM_PATH": str(state), "TPM_PORT": value})
-        seen.note(f"TPM_PORT={value}", told(ended, place))
+    options = ("socket", "--tpm2", *ON)
+    for name, variables in {
+        "nothing": {"TPM_PATH": "", "TPM_PORT": ""},
+        "TPM_PATH alone": {"TPM_PATH": str(state), "TPM_PORT": ""},
+        "TPM_PORT=x": {"TPM_PATH": str(state), "TPM_PORT": "x"},
+        "TPM_PORT=70000": {"TPM_PATH": str(state), "TPM_PORT": "70000"},
+        "both": {"TPM_PATH": str(state), "TPM_PORT": port},
+    }.items():
+        for server in ("", "--server type=tcp"):
+            ended = start(subject, place, *options, *server.split(), environment=variables)
+            seen.note(f"{name}, {server or 'no option'}", told(ended, place))
+            seen.note(f"{name}, {server or 'no option'}: files", modes(state))
+            for path in state.iterdir():
+                path.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .commands import EXTEND_PCR_16, READ_PCR_16, STARTUP_STATE
 from .comparison import Seen, scenario
-from .subject import Subject, first_line, run, running, told
+from .subject import Subject, first_line, running, start, told
 
 ON = ("--flags", "not-need-init,startup-clear")
 HEX_128 = "00112233445566778899aabbccddeeff"
@@ -40,7 +40,7 @@ def key_options(name: str, place: Path) -> list[str]:
 def second_start(subject: Subject, place: Path, state: Path, *options: str) -> str:
     """How a start on a state that is there goes: the answer to GET_CONFIG of one that serves, or the refusal."""
     command = ("socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={place}/c")
-    return told(run(subject, "swtpm", *command, *options), state)
+    return told(start(subject, place, *command, *options), state)
 
 
 @scenario

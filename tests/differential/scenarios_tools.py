@@ -1,11 +1,13 @@
-"""swtpm_ioctl and swtpm_bios, each subject's against its own `swtpm`."""
+"""swtpm_ioctl and swtpm_bios: both programs against both daemons."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .comparison import Seen, scenario
-from .subject import Daemon, Ended, Subject, first_line, run, running, status_text
+from .subject import DEBIAN, Daemon, Ended, Subject, crbd, first_line, run, running, status_text
+
+ON = ("--flags", "not-need-init,startup-clear")
 
 CONTROL = (
     "-c -e -g -C -v -i --stop -s",
@@ -92,13 +94,45 @@ def play_bios(seen: Seen, tools: Subject, daemon: Daemon) -> None:
 
 
 @scenario
-def swtpm_ioctl(subject: Subject, place: Path, seen: Seen) -> None:
-    with running(subject, place, "--flags", "not-need-init,startup-clear") as daemon:
+def swtpm_ioctl_against_swtpm(subject: Subject, place: Path, seen: Seen) -> None:
+    """Both tools against Debian's swtpm."""
+    with running(DEBIAN, place, *ON) as daemon:
         play_control(seen, subject, daemon)
         seen.note("the end of swtpm", daemon.ended())
 
 
 @scenario
-def swtpm_bios(subject: Subject, place: Path, seen: Seen) -> None:
-    with running(subject, place, "--flags", "not-need-init") as daemon:
+def swtpm_ioctl_against_crbd(subject: Subject, place: Path, seen: Seen) -> None:
+    """Both tools against crbd."""
+    with running(crbd(), place, *ON) as daemon:
+        play_control(seen, subject, daemon)
+        seen.note("the end of swtpm", daemon.ended())
+
+
+@scenario
+def swtpm_ioctl_of_swtpm(subject: Subject, place: Path, seen: Seen) -> None:
+    """Debian's tool against both."""
+    with running(subject, place, *ON) as daemon:
+        play_control(seen, DEBIAN, daemon)
+        seen.note("the end of swtpm", daemon.ended())
+
+
+@scenario
+def swtpm_bios_against_swtpm(subject: Subject, place: Path, seen: Seen) -> None:
+    """Both tools against Debian's swtpm."""
+    with running(DEBIAN, place, "--flags", "not-need-init") as daemon:
         play_bios(seen, subject, daemon)
+
+
+@scenario
+def swtpm_bios_against_crbd(subject: Subject, place: Path, seen: Seen) -> None:
+    """Both tools against crbd."""
+    with running(crbd(), place, "--flags", "not-need-init") as daemon:
+        play_bios(seen, subject, daemon)
+
+
+@scenario
+def swtpm_bios_of_swtpm(subject: Subject, place: Path, seen: Seen) -> None:
+    """Debian's tool against both."""
+    with running(subject, place, "--flags", "not-need-init") as daemon:
+        play_bios(seen, DEBIAN, daemon)

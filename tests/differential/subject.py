@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +24,8 @@ SILENCE = 1.0
 """Seconds after which no answer is taken for none."""
 
 
-RUNS_AFTER = 4.0
-"""Seconds after which a program that was expected to end serves."""
 RUNS = 1000
-"""The status that stands for that."""
+"""The status that stands for a program that serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +64,44 @@ class Ended:
 def run(
     subject: Subject, name: str, *arguments: str, environment: Mapping[str, str] | None = None, stdin: bytes = b""
 ) -> Ended:
-    """Run one of the subject's programs to its end; one that serves instead is told to end (its status is RUNS)."""
-    try:
-        done = subprocess.run(
-            [subject.program(name), *arguments],
-            check=False,
-            capture_output=True,
-            input=stdin,
-            env=os.environ | dict(environment or {}),
-            timeout=RUNS_AFTER,
-        )
-    except subprocess.TimeoutExpired as ended:
-        return Ended(RUNS, "", (ended.stderr or b"").decode(errors="replace"))
+    """Run one of the subject's programs to its end."""
+    done = subprocess.run(
+        [subject.program(name), *arguments],
+        check=False,
+        capture_output=True,
+        input=stdin,
+        env=os.environ | dict(environment or {}),
+        timeout=PATIENCE,
+    )
     return Ended(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def start(subject: Subject, place: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
+    """Run `swtpm` with these arguments until it ends or serves, which its pid file shows; then it is killed (RUNS)."""
+    pid = place / "started"
+    pid.unlink(missing_ok=True)
+    option = [] if "--pid" in arguments else ["--pid", f"file={pid}"]
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [subject.program("swtpm"), *arguments, *option],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            env=os.environ | dict(environment or {}),
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: has_text(pid) or process.poll() is not None, "the pid file or the end")
+            serves = process.poll() is None
+        finally:
+            process.kill()
+        status = RUNS if serves else process.wait()
+        out.seek(0)
+        errors.seek(0)
+        said = "" if serves else errors.read().decode(errors="replace")
+        return Ended(status, out.read().decode(errors="replace"), said)
 
 
 @dataclass(slots=True)
@@ -100,10 +124,10 @@ class Daemon:
         self.process.send_signal(number)
         return self.ended()
 
-    def ended(self) -> str:
+    def ended(self, seconds: float = 5.0) -> str:
         """How the process ended, once it did: `status 0`, `signal SIGHUP`; `running` if it does not end."""
         try:
-            return status_text(self.process.wait(PATIENCE))
+            return status_text(self.process.wait(seconds))
         except subprocess.TimeoutExpired:
             return "running"
 
