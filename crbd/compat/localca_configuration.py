@@ -14,6 +14,9 @@ from typing import Final
 
 from crbd.errors import UsageError
 
+SETUP_FILE: Final = "swtpm_setup.conf"
+LOCALCA_FILE: Final = "swtpm-localca.conf"
+OPTIONS_FILE: Final = "swtpm-localca.options"
 SYSTEM_DIRECTORY: Final = Path("/etc")
 MAX_SIZE: Final = 1 << 20
 """Bytes of a configuration file at most."""

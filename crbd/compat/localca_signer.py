@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Final
 
 from crbd.compat import cert, cert_options
-from crbd.compat.localca_configuration import Configuration, default_file, read_configuration, read_options
+from crbd.compat.localca_configuration import (
+    LOCALCA_FILE,
+    OPTIONS_FILE,
+    Configuration,
+    default_file,
+    read_configuration,
+    read_options,
+)
 from crbd.compat.setup_log import Log
 from crbd.errors import AuthorityError, UsageError
 from crbd.provision.authority import (
@@ -28,8 +35,6 @@ from crbd.provision.certificates import serial_number_of_tpm
 from crbd.provision.signers import key_parameters
 from crbd.provision.signing import DevIdRequest, EkRequest, PlatformAttributes
 
-CONFIGURATION_FILE: Final = "swtpm-localca.conf"
-OPTIONS_FILE: Final = "swtpm-localca.options"
 PKCS11: Final = "pkcs11:"
 _POINT: Final = re.compile(r"x=([0-9A-Fa-f]+),y=([0-9A-Fa-f]+)(?:,id=([^,]+))?")
 _DEFAULT_PLATFORM: Final = PlatformAttributes()
@@ -80,7 +85,7 @@ def open_localca(configuration: str, options: str, log: Log) -> LocalcaSigner:
     """The authority of swtpm_localca's configuration file and the options of its options file, each empty for the
     default. Where there is no configuration file at all, it is crbd's own authority. Raises OperatorError.
     """
-    path = Path(configuration) if configuration else default_file(CONFIGURATION_FILE)
+    path = Path(configuration) if configuration else default_file(LOCALCA_FILE)
     if configuration or os.path.exists(path):
         files = authority_files(read_configuration(path, "config file"), path)
     else:

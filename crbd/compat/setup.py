@@ -13,19 +13,24 @@ import pwd
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 from crbd.compat import setup_options
-from crbd.compat.localca_configuration import Configuration, default_file, read_configuration, user_name
-from crbd.compat.setup_config_files import SETUP_FILE, create_config_files
+from crbd.compat.localca_configuration import (
+    SETUP_FILE,
+    Configuration,
+    default_file,
+    read_configuration,
+    user_name,
+)
+from crbd.compat.setup_config_files import create_config_files
 from crbd.compat.setup_log import Log
 from crbd.compat.setup_options import HELP, RELEASE, VERSION, HelpWantedError, SetupOptions
-from crbd.compat.setup_plan import TpmAbilities, is_launcher, key_specification, provision_options, signer
 from crbd.compat.setup_profiles import all_profiles
-from crbd.compat.setup_program import TpmProgram
-from crbd.compat.setup_tpm import OtherTpm, OwnTpm, Place
+from crbd.compat.setup_tpm import Place, TpmAbilities, TpmProgram, chosen_program, own_abilities
 from crbd.errors import OperatorError, UsageError
 from crbd.provision.options import Existing
 from crbd.provision.report import ProvisionReport
@@ -71,9 +76,9 @@ def _told(options: SetupOptions) -> bool:
 
 
 def _run(options: SetupOptions, log: Log) -> None:
-    tpm = _tpm(options)
+    program = chosen_program(options["tpm"]) if "tpm" in options.values else None
     if "print-capabilities" in options.flags:
-        print(_capabilities(tpm.abilities()))
+        print(_capabilities(_abilities(program)))
         return
     if "tpm2" not in options.flags:
         for name in setup_options.ONLY_TPM_2:
@@ -83,7 +88,7 @@ def _run(options: SetupOptions, log: Log) -> None:
     if "runas" in options.values:
         _become(options["runas"])
     if "print-profiles" in options.flags:
-        print(json.dumps(all_profiles(_configuration(options), tpm.abilities().profiles)))
+        print(json.dumps(all_profiles(_configuration(options), _abilities(program).profiles)))
         return
     setup_options.check(options)
     place = Place(options.state)
@@ -94,17 +99,17 @@ def _run(options: SetupOptions, log: Log) -> None:
     if existing is Existing.KEEP:
         log.say("Not overwriting existing state file.")
         return
-    _provision(options, tpm, place, existing, log)
+    _provision(options, program, place, existing, log)
 
 
-def _provision(options: SetupOptions, tpm: OwnTpm | OtherTpm, place: Place, existing: Existing, log: Log) -> None:
-    configuration = _configuration(options)
-    wanted = provision_options(options, configuration, tpm.abilities(), existing)
-    key = key_specification(options, log)
+def _provision(options: SetupOptions, program: TpmProgram | None, place: Place, existing: Existing, log: Log) -> None:
+    # tpm2-pytss and cryptography take 0.2 s to import: what needs no keys made does not wait for them.
+    prepare: Callable[..., Callable[[], ProvisionReport]] = import_module("crbd.compat.setup_work").provision_place
+    work = prepare(options, _configuration(options), place, existing, program, log=log)
     reconfigure = existing is Existing.RECONFIGURE
     log.say(f"Starting vTPM {'reconfiguration' if reconfigure else 'manufacturing'} as {_who()} @ {_now()}")
     try:
-        report = tpm.provision(place, wanted, signer(options, configuration, log), key, log)
+        report = work()
     except OperatorError as error:
         log.complain(str(error))
         raise UsageError("An error occurred. Authoring the TPM state failed.") from error
@@ -126,14 +131,8 @@ def _existing(options: SetupOptions, place: Place) -> Existing:
     raise UsageError(f"Found existing TPM state '{place.found}'.")
 
 
-def _tpm(options: SetupOptions) -> OwnTpm | OtherTpm:
-    if "tpm" not in options.values:
-        return OwnTpm()
-    program = TpmProgram.parse(options["tpm"])
-    found = shutil.which(program.command[0])
-    if found is not None and is_launcher(found) and program.command[1:] == ("socket",):
-        return OwnTpm()
-    return OtherTpm(program)
+def _abilities(program: TpmProgram | None) -> TpmAbilities:
+    return own_abilities() if program is None else program.abilities()
 
 
 def _capabilities(abilities: TpmAbilities) -> str:

@@ -8,11 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from crbd.compat.localca_configuration import SYSTEM_DIRECTORY, user_directory
-from crbd.compat.localca_signer import CONFIGURATION_FILE, OPTIONS_FILE
+from crbd.compat.localca_configuration import (
+    LOCALCA_FILE,
+    OPTIONS_FILE,
+    SETUP_FILE,
+    SYSTEM_DIRECTORY,
+    user_directory,
+)
 from crbd.errors import AuthorityError, UsageError
 
-SETUP_FILE: Final = "swtpm_setup.conf"
 DEFAULT_BANKS: Final = "sha256"
 _SETUP: Final = """create_certs_tool = {tool}
 create_certs_tool_config = {configuration}
@@ -71,7 +75,7 @@ def create_config_files(words: Collection[str], tool: str) -> None:
 
 def _contents(tool: str) -> dict[Path, str]:
     directory, system = user_directory(), os.uname()
-    configuration, options = directory / CONFIGURATION_FILE, directory / OPTIONS_FILE
+    configuration, options = directory / LOCALCA_FILE, directory / OPTIONS_FILE
     setup = _SETUP.format(
         tool=tool, configuration=configuration, options=options, banks=DEFAULT_BANKS, directory=directory
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -14,27 +13,16 @@ from crbd.compat.setup_config_files import DEFAULT_BANKS
 from crbd.compat.setup_log import Log
 from crbd.compat.setup_options import SetupOptions, descriptor, key_algorithm
 from crbd.compat.setup_profiles import chosen_profile
+from crbd.compat.setup_tpm import TpmAbilities, beginning_of, is_launcher
 from crbd.errors import UsageError
 from crbd.provision.options import Existing, KeyAlgorithm, ProvisionOptions
 from crbd.provision.signers import CertsTool, ToolSigner
 from crbd.provision.signing import CertificateSigner
 
 LOCALCA_NAMES: Final = ("swtpm_localca", "swtpm-localca")
-LAUNCHER_MARK: Final = b"crbd-compat"
-"""What stands in the launchers of crbd's own swtpm commands."""
 _ELF: Final = b"\x7fELF"
 _WRAPPERS: Final = Path("/usr/share/swtpm")
 """Where distributions have a script swtpm-localca that runs swtpm_localca."""
-
-
-@dataclass(frozen=True, slots=True)
-class TpmAbilities:
-    """What the TPM that is to be provisioned can do."""
-
-    rsa_sizes: tuple[int, ...]
-    """Bits of its RSA keys, smallest first."""
-    profiles: tuple[str, ...]
-    """Names of its profiles; none where it knows no profiles."""
 
 
 def provision_options(
@@ -103,27 +91,13 @@ def key_specification(options: SetupOptions, log: Log) -> str:
     return ""
 
 
-def is_launcher(program: str) -> bool:
-    """Whether a program is one of crbd's own swtpm commands."""
-    return LAUNCHER_MARK in _beginning(program)
-
-
 def _is_localca(tool: str) -> bool:
     if Path(tool).name not in LOCALCA_NAMES:
         return False
     found = shutil.which(tool)
     if found is None or _WRAPPERS in Path(found).parents:
         return True
-    beginning = _beginning(found)
-    return beginning.startswith(_ELF) or LAUNCHER_MARK in beginning
-
-
-def _beginning(program: str) -> bytes:
-    try:
-        with open(program, "rb") as file:
-            return file.read(4096)
-    except OSError:
-        return b""
+    return beginning_of(found).startswith(_ELF) or is_launcher(found)
 
 
 def _endorsement_keys(

@@ -7,9 +7,6 @@ writes its state itself, so what was there goes first, and what a failure left g
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +16,7 @@ from typing import Final
 
 from crbd.compat.ioctl_connection import ControlClient, carry_out
 from crbd.compat.setup_log import Log
+from crbd.compat.setup_tpm import TpmProgram
 from crbd.control.replies import Done, Info
 from crbd.control.requests import GetInfo, Shutdown
 from crbd.errors import DaemonError, UsageError
@@ -34,50 +32,6 @@ MAX_RESPONSE: Final = 65_536
 STATE_SUFFIXES: Final = ("permall", "volatilestate", "savestate")
 _LINEAR_MAGIC_SIZE: Final = 8
 """Bytes at the beginning of a linear state file that say what it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class TpmProgram:
-    """The program and the arguments it is always given, as `swtpm socket`."""
-
-    command: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> TpmProgram:
-        """Of --tpm's value. Raises UsageError where it is not executable."""
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise UsageError(f"--tpm {text}: {error}") from error
-        if not words or shutil.which(words[0]) is None:
-            raise UsageError(f"swtpm at {words[0] if words else text} is not an executable.")
-        return cls(tuple(words))
-
-    def capabilities(self) -> list[str]:
-        """What it says it can do. Raises DaemonError."""
-        found = self._printed("--print-capabilities", "--tpm2")
-        features = found.get("features")
-        return [str(feature) for feature in features] if isinstance(features, list) else []
-
-    def profiles(self) -> list[str]:
-        """The names of its profiles. Raises DaemonError."""
-        found = self._printed("--print-capabilities", "--tpm2").get("profiles")
-        names = found.get("names") if isinstance(found, dict) else None
-        return [str(name) for name in names] if isinstance(names, list) else []
-
-    def _printed(self, *arguments: str) -> dict[str, object]:
-        try:
-            done = subprocess.run([*self.command, *arguments], check=False, capture_output=True, timeout=END_PATIENCE)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise DaemonError(f"Could not start swtpm '{self.command[0]}': {error}") from error
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip()
-            raise DaemonError(f"Failed to run swtpm '{self.command[0]}': {said}")
-        try:
-            found = json.loads(done.stdout)
-        except ValueError as error:
-            raise DaemonError(f"What '{self.command[0]}' prints of its capabilities is no JSON.") from error
-        return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

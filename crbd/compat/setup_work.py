@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from crbd.cli.swtpm_key import read_swtpm_key
+from crbd.compat.localca_configuration import Configuration
 from crbd.compat.setup_log import Log
-from crbd.compat.setup_program import ProgramOptions, TpmProgram, remove_state, running
+from crbd.compat.setup_options import SetupOptions
+from crbd.compat.setup_plan import key_specification, provision_options, signer
+from crbd.compat.setup_program import ProgramOptions, remove_state, running
+from crbd.compat.setup_tpm import Place, TpmProgram, own_abilities
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import OperatorError
+from crbd.errors import OperatorError, StateAbsentError, StateError
 from crbd.provision.options import Existing, ProvisionOptions
 from crbd.provision.provisioning import provision, provision_tpm
 from crbd.provision.report import ProvisionReport
@@ -29,25 +32,62 @@ FILES: Final = FileOptions(mode=0o640, lock_mode=0o640)
 """The modes of swtpm's files, under the umask: libvirt's group may read them."""
 
 
-def provision_own(
-    uri: str, directory: Path | None, options: ProvisionOptions, signer: CertificateSigner | None, key: str
-) -> ProvisionReport:
-    """libtpms in this process, committed to its state as a whole or not at all. `key`: swtpm's --key, or empty.
+def provision_place(
+    options: SetupOptions,
+    configuration: Configuration,
+    place: Place,
+    existing: Existing,
+    program: TpmProgram | None,
+    *,
+    log: Log,
+) -> Callable[[], ProvisionReport]:
+    """Check what is wanted, and return what does it when it is called. Both raise OperatorError."""
+    wanted = provision_options(
+        options, configuration, own_abilities() if program is None else program.abilities(), existing
+    )
+    key = key_specification(options, log)
 
-    Raises OperatorError.
-    """
-    swtpm_key = read_swtpm_key(key, "the key") if key else None
-    create = options.existing is not Existing.RECONFIGURE
-    store: Store = open_backend(uri, create=create, swtpm_key=swtpm_key, options=FILES)
+    def work() -> ProvisionReport:
+        signs = signer(options, configuration, log)
+        if program is None:
+            return _provision_own(place, wanted, signs, key)
+        return _provision_other(program, place.uri, wanted, signs, key, log=log)
+
+    return work
+
+
+def linear_holds_state(uri: str) -> bool:
+    """Whether there is a TPM in a linear file, readable or not."""
     try:
-        if options.existing is Existing.REPLACE:
-            store = _Overwritten(store)
-        return provision(store, options, signer, _engine, directory=directory)
+        store = open_backend(uri, create=False, lock=False)
+    except StateAbsentError:
+        return False
+    except StateError:
+        return True
+    try:
+        return store.load(StateKind.PERMANENT) is not None
+    except StateError:
+        return True
     finally:
         store.close()
 
 
-def provision_other(
+def _provision_own(
+    place: Place, options: ProvisionOptions, signer: CertificateSigner | None, key: str
+) -> ProvisionReport:
+    """libtpms in this process, committed to its state as a whole or not at all. `key`: swtpm's --key, or empty."""
+    swtpm_key = read_swtpm_key(key, "the key") if key else None
+    create = options.existing is not Existing.RECONFIGURE
+    store: Store = open_backend(place.uri, create=create, swtpm_key=swtpm_key, options=FILES)
+    try:
+        if options.existing is Existing.REPLACE:
+            store = _Overwritten(store)
+        return provision(store, options, signer, _engine, directory=place.directory)
+    finally:
+        store.close()
+
+
+def _provision_other(
     program: TpmProgram,
     uri: str,
     options: ProvisionOptions,
