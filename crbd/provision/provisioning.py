@@ -20,6 +20,7 @@ from crbd.errors import (
     ProvisionError,
     StateAbsentError,
     StateError,
+    StateWriteError,
     StoreError,
     UsageError,
 )
@@ -150,7 +151,9 @@ def powered(staged: StagedStore, make_engine: MakeEngine, *, profile: str | None
         instance.check()
         try:
             instance.begin()
-        except (EngineError, StoreError) as error:
+        except StoreError as error:
+            raise StateWriteError.of(error) from error
+        except EngineError as error:
             raise EngineFailedError(str(error), "the state was not changed") from error
         yield instance
     finally:

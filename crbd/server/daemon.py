@@ -27,7 +27,7 @@ import trio
 from crbd import __version__
 from crbd.control.messages import Outcome
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import EngineError, EngineFailedError, HandoverError, StateError, StoreError
+from crbd.errors import EngineError, EngineFailedError, HandoverError, StateError, StateWriteError, StoreError
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
@@ -189,7 +189,9 @@ class _Daemon:
                     self._links.append((_fresh(name), self._endpoints[name].socket))
         try:
             self._instance.begin()
-        except (EngineError, StoreError) as error:
+        except StoreError as error:
+            raise StateWriteError.of(error) from error
+        except EngineError as error:
             raise EngineFailedError(str(error), "the state was not changed; see the messages above") from error
         if self._pid_file is not None:
             self._pid_file.write()

@@ -6,16 +6,21 @@ one kind of error differ in what is to be done.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
+from crbd import __file__ as crbd_package
 from crbd import errors
 from crbd.cli.main import build_parser
 from crbd.errors import OperatorError
@@ -25,6 +30,7 @@ from crbd.state.saved import EngineStamp, TpmState
 from crbd.state.slots import SECTOR, SLOT_OFFSETS
 from crbd.store.document import FILE_NAME
 from crbd.store.lockfile import LockFile
+from tests.cli.process import serving
 from tests.cli.states import Done, crbd, golden, key_file, put, put_swtpm
 from tests.state import samples as s
 from tests.store.test_slot_file import file_size_limit
@@ -61,6 +67,11 @@ class Row:
 
 def nothing(place: Path) -> None:
     """Neither state nor anything else is there."""
+
+
+def the_package_alone(place: Path) -> None:
+    """Copied, not installed."""
+    shutil.copytree(Path(crbd_package).parent, place / "site" / "crbd", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def whole(place: Path) -> None:
@@ -172,6 +183,17 @@ def full_disk(place: Path) -> AbstractContextManager[object]:
     return file_size_limit(SLOT_OFFSETS[1])
 
 
+@contextmanager
+def serving_with_a_library_that_goes_away(place: Path) -> Iterator[None]:
+    ctypes.CDLL("libtpms.so.0")
+    library = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libtpms" in line)
+    (place / "libtpms.so").symlink_to(library)
+    arguments: list[str | Path] = ["--ephemeral", "--ctrl", f"unix:{place}/ctrl", "--libtpms", place / "libtpms.so"]
+    with serving(place, *arguments):
+        (place / "libtpms.so").unlink()
+        yield
+
+
 def no_certificate_authority(place: Path) -> None:
     (place / "ca").mkdir()
 
@@ -188,8 +210,8 @@ CASES = (
     Case(
         errors.OperatorError,
         "crbd compat-path",
-        nothing,
-        apart="import importlib.metadata as m; m.files = lambda name: None",
+        the_package_alone,
+        apart="import sys, importlib.metadata as m; sys.path.insert(0, '/srv/site'); m.files = lambda _: None",
     ),
     Case(errors.UsageError, "crbd serve --state /srv/tpm", nothing),
     Case(errors.UsageError, SERVE + " --flags startup-cleer", whole),
@@ -215,6 +237,12 @@ CASES = (
     Case(errors.EndpointError, "crbd serve --ephemeral --ctrl unix:/srv/absent/ctrl", nothing),
     Case(errors.PidFileError, "crbd serve --ephemeral --ctrl unix:/srv/ctrl --pid /srv/absent/pid", nothing),
     Case(errors.DaemonError, "crbd registers --ctrl unix:/srv/ctrl", nothing),
+    Case(
+        errors.HandoverError,
+        "CRBD_HANDOVER=nonsense crbd serve --ephemeral --ctrl unix:/srv/ctrl",
+        nothing,
+    ),
+    Case(errors.NotUpgradedError, "crbd reload --ctrl unix:/srv/ctrl", serving_with_a_library_that_goes_away),
     Case(errors.StateWrongKeyError, SERVE + " --key file:/srv/key", sealed_by_another_key),
     Case(errors.StateIdentityError, "crbd state restore /srv/tpm /srv/export", of_another_instance),
     Case(errors.StateDowngradeError, "crbd state export /srv/tpm --out /srv/out --format-version 1", whole),
@@ -242,14 +270,14 @@ CASES = (
 
 def provoke(case: Case, place: Path) -> Done:
     """The command's end, as its operator sees it, with /srv for `place`."""
-    with case.arrange(place) or nullcontext():
+    with case.arrange(place) or nullcontext(), _environment(case):
         done = _apart(case, place, "sys.exit(main(sys.argv[1:]))") if case.apart else crbd(*_arguments(case, place))
     return Done(done.status, settled(done.out, place), settled(done.err, place))
 
 
 def row_of(case: Case, place: Path) -> Row:
     """The page's row. Raises AssertionError where the command does not fail with the case's kind of error."""
-    with case.arrange(place) or nullcontext():
+    with case.arrange(place) or nullcontext(), _environment(case):
         if case.apart:
             done = _apart(
                 case, place, "from tests.cli.operator_errors import caught; print(*caught(sys.argv[1:]), sep='\\n')"
@@ -277,11 +305,18 @@ def settled(text: str, place: Path) -> str:
 
 
 def _arguments(case: Case, place: Path) -> list[str]:
-    return shlex.split(case.command.replace("/srv", str(place)))[1:]
+    words = shlex.split(case.command.replace("/srv", str(place)))
+    return words[words.index("crbd") + 1 :]
+
+
+def _environment(case: Case) -> AbstractContextManager[object]:
+    """What stands before `crbd`, for as long as it runs."""
+    words = shlex.split(case.command)
+    return patch.dict(os.environ, dict(word.split("=", 1) for word in words[: words.index("crbd")]))
 
 
 def _apart(case: Case, place: Path, end: str) -> Done:
-    program = f"{case.apart}; import sys; from crbd.cli.main import main; {end}"
+    program = f"{case.apart.replace('/srv', str(place))}; import sys; from crbd.cli.main import main; {end}"
     done = subprocess.run(
         [sys.executable, "-c", program, *_arguments(case, place)],
         check=False,
