@@ -76,7 +76,7 @@ def talk(target: Target, command: bytes, seconds: float) -> bytes:
             if not piece:
                 raise DaemonError("Returned packet is too short.")
             response += piece
-    if len(response) != _size(response):
+    if len(response) != int.from_bytes(response[2:6], "big"):
         raise DaemonError("Malformed response.")
     return response
 

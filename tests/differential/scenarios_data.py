@@ -18,7 +18,7 @@ from .commands import (
     STARTUP_STATE,
 )
 from .comparison import Seen, scenario
-from .subject import SILENCE, Channel, Daemon, Subject, running
+from .subject import SILENCE, Channel, Daemon, Subject, first_line, running
 
 ON = ("--flags", "not-need-init,startup-clear")
 
@@ -51,11 +51,14 @@ def startup_flags(subject: Subject, place: Path, seen: Seen) -> None:
     for flags in ("not-need-init", "startup-none", "startup-clear", "not-need-init,startup-clear", "startup-state"):
         here = place / flags.replace(",", "-")
         here.mkdir()
-        with running(subject, here, "--flags", flags) as daemon:
-            with daemon.data() as data:
-                seen.note(f"{flags}: GetRandom", data.response(GET_RANDOM)[:20])
-                seen.note(f"{flags}: Startup", data.response(STARTUP_CLEAR))
-            seen.note(f"{flags}: the end", daemon.end())
+        try:
+            with running(subject, here, "--flags", flags) as daemon:
+                with daemon.data() as data:
+                    seen.note(f"{flags}: GetRandom", data.response(GET_RANDOM)[:20])
+                    seen.note(f"{flags}: Startup", data.response(STARTUP_CLEAR))
+                seen.note(f"{flags}: the end", daemon.end())
+        except AssertionError as error:
+            seen.note(f"{flags}: refused", first_line(str(error), here))
 
 
 @scenario

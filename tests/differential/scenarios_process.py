@@ -11,6 +11,7 @@ from pathlib import Path
 from .commands import GET_RANDOM, READ_PCR_16, STARTUP_STATE
 from .comparison import Seen, scenario
 from .subject import (
+    RUNS,
     SILENCE,
     Channel,
     Daemon,
@@ -273,7 +274,7 @@ def daemonized(subject: Subject, place: Path, seen: Seen) -> None:
     seen.note("leads its session", int(fields[3]) == pid)
     seen.note("files", modes(place))
     targets = {
-        name: os.readlink(f"/proc/{pid}/fd/{name}")
+        name: os.readlink(f"/proc/{pid}/fd/{name}").partition(":")[0]
         for name in ("0", "1", "2")
         if Path(f"/proc/{pid}/fd/{name}").exists()
     }
@@ -303,6 +304,7 @@ def environment(subject: Subject, place: Path, seen: Seen) -> None:
         for server in ("", "--server type=tcp"):
             ended = start(subject, place, *options, *server.split(), environment=variables)
             seen.note(f"{name}, {server or 'no option'}", told(ended, place))
-            seen.note(f"{name}, {server or 'no option'}: files", modes(state))
+            if ended.status != RUNS:
+                seen.note(f"{name}, {server or 'no option'}: files", modes(state))
             for path in state.iterdir():
                 path.unlink()

@@ -47,7 +47,7 @@ def second_start(subject: Subject, place: Path, state: Path, *options: str) -> s
 def keys(subject: Subject, place: Path, seen: Seen) -> None:
     make_keys(place)
     for name in KEYS:
-        here = place / name.replace(", ", "-").replace(" ", "-")
+        here = place / f"tpm-{name}"
         here.mkdir()
         with running(subject, here, *ON, *key_options(name, place)) as daemon:
             with daemon.control() as control, daemon.data() as data:
@@ -65,7 +65,7 @@ def keys(subject: Subject, place: Path, seen: Seen) -> None:
         for given in KEYS:
             if given == made:
                 continue
-            state = place / made / "state"
+            state = place / f"tpm-{made}" / "state"
             seen.note(
                 f"state of {made}, started with {given}",
                 second_start(subject, place, state, *ON, *key_options(given, place)),
@@ -128,6 +128,8 @@ def keys_by_descriptor(subject: Subject, place: Path, seen: Seen) -> None:
 def damaged_state(subject: Subject, place: Path, seen: Seen) -> None:
     """What is done with a permanent state that cannot be read, and that it is still there afterwards."""
     with running(subject, place, *ON) as daemon:
+        with daemon.data() as data:
+            data.response(READ_PCR_16)
         daemon.end()
     path = place / "state" / "tpm2-00.permall"
     good = path.read_bytes()
@@ -203,5 +205,7 @@ def another_life(subject: Subject, place: Path, seen: Seen) -> None:
     uri = place / "uri"
     uri.mkdir()
     with running(subject, place, *ON, "--tpmstate", f"backend-uri=dir://{uri}") as daemon:
+        with daemon.data() as data:
+            data.response(READ_PCR_16)
         daemon.end()
     seen.note("dir://: files", sorted(path.name for path in uri.iterdir()))

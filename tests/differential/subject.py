@@ -94,7 +94,7 @@ def start(subject: Subject, place: Path, *arguments: str, environment: Mapping[s
     ):
         try:
             wait_until(lambda: has_text(pid) or process.poll() is not None, "the pid file or the end")
-            serves = process.poll() is None
+            serves = _stays(process)
         finally:
             process.kill()
         status = RUNS if serves else process.wait()
@@ -102,6 +102,15 @@ def start(subject: Subject, place: Path, *arguments: str, environment: Mapping[s
         errors.seek(0)
         said = "" if serves else errors.read().decode(errors="replace")
         return Ended(status, out.read().decode(errors="replace"), said)
+
+
+def _stays(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process is there for a while: swtpm powers its TPM on, and may fail, behind its pid file."""
+    try:
+        process.wait(SILENCE)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 @dataclass(slots=True)
@@ -266,7 +275,7 @@ def first_line(text: str, place: Path) -> str:
     """The first line of `text` with the place, the pid and the program's path taken out."""
     line = next((line for line in text.splitlines() if line.strip()), "").strip()
     line = line.replace(str(place), "PLACE")
-    line = re.sub(r"^\S*/(swtpm\w*):", r"\1:", line)
+    line = re.sub(r"(^|\s)/\S*/(swtpm\w*)", r"\1\2", line)
     return re.sub(r"\b(pid|PID)[ =:]*\d+", r"\1 N", line)
 
 
