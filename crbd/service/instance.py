@@ -25,25 +25,17 @@ computes.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 
 from crbd.crb.config import CrbConfig
 from crbd.crb.effects import Busy, Effect, HashData, HashEnd, HashStart
 from crbd.engine.port import BufferSize, Engine, StatePort
-from crbd.errors import (
-    EngineError,
-    EngineFailedError,
-    StateAbsentError,
-    StateDamagedError,
-    StateError,
-    StateLockedError,
-    StoreError,
-)
+from crbd.errors import EngineError, EngineFailedError, StateAbsentError, StateError, StoreError
 from crbd.service.durable import DurableState
 from crbd.service.frozen import FrozenInstance, freeze_tpm, thaw_tpm
+from crbd.service.judgement import hand_in
 from crbd.service.lock import EngineLock
-from crbd.service.migration import LOCK_RETRY_INTERVAL, Custody, StateBlobs
+from crbd.service.migration import Custody, StateBlobs, retried
 from crbd.service.options import InstanceOptions, Startup
 from crbd.service.registers import Registers
 from crbd.service.stamp import stamp_of
@@ -59,8 +51,6 @@ from crbd.tpm.results import TpmResult
 log = logging.getLogger(__name__)
 
 MAX_LOCALITY = 4
-MAX_LOCK_RETRIES = 6000
-"""Of LOCK_STORAGE: a minute."""
 
 _FAILURE = error_response(ResponseCode.FAILURE)
 _RETRY = error_response(ResponseCode.RETRY)
@@ -102,7 +92,6 @@ class Instance:
         """`_last_command` as it came with state blobs: as long as it is the same object, this TPM ran no command."""
 
     # -- start and end
-    # ---------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """See, before anything is served, that there is a TPM here or that one may be made; nothing is changed.
@@ -116,13 +105,7 @@ class Instance:
             if permanent is None:
                 self._refuse_unless_new_is_allowed()
                 return
-            try:
-                self._engine.set_state(StateKind.PERMANENT, permanent)
-            except EngineError as error:
-                raise StateDamagedError(
-                    f"libtpms {self._engine.version} rejects the TPM state in {self._store.name} (0x{error.result:x})",
-                    "restore it from a backup, or use the libtpms that wrote it",
-                ) from error
+            hand_in(self._engine, StateKind.PERMANENT, permanent, self._store.name)
             self._engine.set_state(StateKind.PERMANENT, None)
 
     def begin(self) -> None:
@@ -161,7 +144,6 @@ class Instance:
             self._store.close()
 
     # -- freeze and thaw
-    # ------------------------------------------------------------------------------------------------------
 
     def freeze(self) -> FrozenInstance:
         """All that this TPM is, once the command under way is answered. The TPM itself is as before.
@@ -205,7 +187,6 @@ class Instance:
             self._may_manufacture = frozen.facts.may_manufacture
 
     # -- the data channel
-    # --------------------------------------------------------------------------------------------------
 
     def execute(self, body: bytes, locality: int | None = None) -> bytes:
         """Run one command from the data channel; return its response, which may leave: what it changed is durable.
@@ -245,7 +226,6 @@ class Instance:
         self._engine.cancel()
 
     # -- the registers
-    # ---------------------------------------------------------------------------------------------------------
 
     @property
     def localities(self) -> int:
@@ -257,7 +237,6 @@ class Instance:
         return self._registers.pages()
 
     # -- the control channel
-    # -----------------------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
@@ -378,12 +357,7 @@ class Instance:
 
         Raises StateError when it is not obtained, StoreError when the TPM has gone on elsewhere.
         """
-        for _ in range(min(retries, MAX_LOCK_RETRIES)):
-            try:
-                return self._lock_storage_now()
-            except StateLockedError:
-                time.sleep(LOCK_RETRY_INTERVAL)
-        return self._lock_storage_now()
+        retried(self._lock_storage_now, retries)
 
     def _lock_storage_now(self) -> None:
         with self._lock:
@@ -393,7 +367,6 @@ class Instance:
                 self._custody.take(retries=0)
 
     # -- under the engine lock
-    # ---------------------------------------------------------------------------------------------
 
     def _submit(self, body: bytes) -> bytes:
         """Run one command through the registers: the way of every command, kept short.

@@ -34,13 +34,14 @@ def judge(states: Mapping[StateKind, bytes | TpmState], make_engine: MakeEngine,
         for kind in (StateKind.PERMANENT, StateKind.VOLATILE):
             if kind in states:
                 state = states[kind]
-                _hand_in(engine, kind, state.data if isinstance(state, TpmState) else state, name)
+                hand_in(engine, kind, state.data if isinstance(state, TpmState) else state, name)
         return EngineStamp(version.major, version.minor, version.micro)
     finally:
         engine.close()
 
 
-def _hand_in(engine: Engine, kind: StateKind, data: bytes, name: str) -> None:
+def hand_in(engine: Engine, kind: StateKind, data: bytes, name: str) -> None:
+    """Give a stopped engine the state that lies in `name`. Raises StateDamagedError where it rejects that."""
     try:
         engine.set_state(kind, data)
     except EngineError as error:

@@ -35,6 +35,21 @@ from crbd.tpm.results import TpmResult
 
 LOCK_RETRY_INTERVAL = 0.010
 """Seconds between two tries (swtpm's figure)."""
+MAX_LOCK_RETRIES = 6000
+"""Whatever LOCK_STORAGE says: a minute."""
+
+
+def retried(lock: Callable[[], None], retries: int) -> None:
+    """Call `lock`, and up to `retries` times again as long as another process holds the lock.
+
+    Raises StateLockedError, and what else `lock` raises.
+    """
+    for _ in range(min(retries, MAX_LOCK_RETRIES)):
+        try:
+            return lock()
+        except StateLockedError:
+            time.sleep(LOCK_RETRY_INTERVAL)
+    return lock()
 
 
 class StateBlobs:
@@ -189,14 +204,6 @@ class Custody:
         return {kind: b"" if data is None else sha256(data).digest() for kind, data in found.items()}
 
     def _lock(self, retries: int) -> None:
-        for _ in range(retries):
-            try:
-                self._store.lock()
-            except StateLockedError:
-                time.sleep(LOCK_RETRY_INTERVAL)
-            else:
-                break
-        else:
-            self._store.lock()
+        retried(self._store.lock, retries)
         # Whatever was known of the disk is old.
         self._state.forget()
