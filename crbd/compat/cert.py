@@ -36,6 +36,7 @@ from crbd.provision.signing import (
     Specification,
     TpmAttributes,
 )
+from crbd.provision.tokens import SCHEME, TokenUri, open_token_key
 
 RELEASE: Final = "0.11.0"
 """The release of swtpm whose options these are."""
@@ -61,7 +62,7 @@ Which key:
 --ecc-curveid <curve>     : secp256r1 (default), secp384r1 or secp521r1
 
 Who signs:
---signkey <file>          : PEM file of the signing key
+--signkey <file>          : PEM file of the signing key, or its PKCS#11 URI (SWTPM_PKCS11_PIN: its PIN)
 --signkey-password <text> : its password
 --signkey-pwd <source>    : its password from pass:TEXT, file:PATH, fd:NUMBER or env:NAME
 --issuercert <file>       : PEM file of the signing key's certificate
@@ -147,8 +148,11 @@ def _issuer(options: CertificateOptions) -> Issuer:
         raise UsageError("The issuer certificate name is required.")
     if "signkey" not in options.values:
         raise UsageError("Missing signature key.")
-    key = load_signing_key(Path(options["signkey"]), cert_options.signing_password(options))
-    return Issuer(load_certificates(Path(options["issuercert"]))[0], key)
+    certificate = load_certificates(Path(options["issuercert"]))[0]
+    name = options["signkey"]
+    if name.startswith(SCHEME):
+        return Issuer(certificate, open_token_key(TokenUri.parse(name), certificate))
+    return Issuer(certificate, load_signing_key(Path(name), cert_options.signing_password(options)))
 
 
 def _not_after(days: int) -> dt.datetime:

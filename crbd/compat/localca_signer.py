@@ -30,12 +30,15 @@ from crbd.provision.authority import (
     LocalAuthority,
     default_directory,
     open_authority,
+    open_token_authority,
 )
 from crbd.provision.certificates import serial_number_of_tpm
 from crbd.provision.signers import key_parameters
 from crbd.provision.signing import DevIdRequest, EkRequest, PlatformAttributes
+from crbd.provision.tokens import PIN_VARIABLE, SCHEME
 
-PKCS11: Final = "pkcs11:"
+DEFAULT_PIN: Final = "swtpm-tpmca"
+"""Of a token that the configuration names no PIN for: swtpm-create-tpmca's."""
 _POINT: Final = re.compile(r"x=([0-9A-Fa-f]+),y=([0-9A-Fa-f]+)(?:,id=([^,]+))?")
 _DEFAULT_PLATFORM: Final = PlatformAttributes()
 
@@ -86,16 +89,27 @@ def open_localca(configuration: str, options: str, log: Log) -> LocalcaSigner:
     default. Where there is no configuration file at all, it is crbd's own authority. Raises OperatorError.
     """
     path = Path(configuration) if configuration else default_file(LOCALCA_FILE)
-    if configuration or os.path.exists(path):
-        files = authority_files(read_configuration(path, "config file"), path)
-    else:
-        files = AuthorityFiles.own(default_directory())
+    named = configuration or os.path.exists(path)
+    settings = read_configuration(path, "config file") if named else Configuration("")
     options_path = Path(options) if options else default_file(OPTIONS_FILE)
     words = read_options(options_path, "options file") if options or os.path.exists(options_path) else []
     platform = _platform_options(_DEFAULT_PLATFORM)
+    if settings["signingkey"].startswith(SCHEME):
+        return LocalcaSigner(_token_authority(settings, path), [*platform, *words], log)
+    files = authority_files(settings, path) if named else AuthorityFiles.own(default_directory())
     if not os.path.exists(files.issuer_certificate):
         log.say("Creating root CA and a local CA's signing key and issuer cert.")
     return LocalcaSigner(open_authority(files), [*platform, *words], log)
+
+
+def _token_authority(settings: Configuration, path: Path) -> LocalAuthority:
+    """The authority of a configuration whose signing key is in a PKCS#11 token. Raises UsageError, AuthorityError."""
+    # For the PKCS#11 module, which reads its own settings from the environment of this process.
+    os.environ.update(settings.environment)
+    pin = settings["signingkey_password"] or settings[PIN_VARIABLE] or os.environ.get(PIN_VARIABLE, DEFAULT_PIN)
+    os.environ[PIN_VARIABLE] = pin
+    uri = settings["signingkey"].replace("\\;", ";")
+    return open_token_authority(authority_files(settings, path), uri)
 
 
 def authority_files(configuration: Configuration, path: Path) -> AuthorityFiles:
@@ -104,8 +118,6 @@ def authority_files(configuration: Configuration, path: Path) -> AuthorityFiles:
         if not configuration[name]:
             raise UsageError(f"Missing '{name}' config value in config file {path}.")
     directory, key = Path(configuration["statedir"]), configuration["signingkey"]
-    if key.startswith(PKCS11):
-        raise UsageError(f"{path}: keys behind PKCS#11 are not supported; name a file, or a create_certs_tool.")
     password, root_password = configuration["signingkey_password"], os.environ.get("SWTPM_ROOTCA_PASSWORD")
     signing_key = Path(key)
     files = AuthorityFiles.own(directory, KeyKind.RSA_3072)

@@ -51,6 +51,7 @@ from crbd.provision.certificates import (
     signature_hash,
 )
 from crbd.provision.signing import DevIdRequest, EkRequest
+from crbd.provision.tokens import TokenUri, open_token_key
 from crbd.store.files import sync_directory
 
 LOCK_PATIENCE = 60.0
@@ -186,6 +187,16 @@ def open_authority(files: AuthorityFiles, *, create: bool = True, certificate_ur
         raise AuthorityError(
             f"{files.issuer_certificate} and {files.signing_key} do not belong together", "put the right pair there"
         )
+    return LocalAuthority(files, Issuer(certificate, key, certificate_url))
+
+
+def open_token_authority(files: AuthorityFiles, uri: str, *, certificate_url: str = "") -> LocalAuthority:
+    """The authority whose issuer's certificate is in `files` and whose signing key is in a PKCS#11 token.
+
+    Nothing is made. Raises AuthorityError, UsageError.
+    """
+    certificate = load_certificates(files.issuer_certificate)[0]
+    key = open_token_key(TokenUri.parse(uri), certificate)
     return LocalAuthority(files, Issuer(certificate, key, certificate_url))
 
 

@@ -3,6 +3,7 @@
     local              crbd's own authority (crbd.provision.authority), made at first use
     exec:PROGRAM       a program is given the request as JSON on its standard input and prints the certificate
     tool:PROGRAM       a program with the command line of swtpm_localca (swtpm's create_certs_tool)
+    pkcs11:URI         a key in a PKCS#11 token; the issuer's certificate is in the authority's directory
 
 A program's certificate is looked at before it is used: it must be one, and for the key that was asked for.
 """
@@ -22,9 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from crbd.errors import AuthorityError, UsageError
-from crbd.provision.authority import AuthorityFiles, default_directory, open_authority
+from crbd.provision.authority import AuthorityFiles, default_directory, open_authority, open_token_authority
 from crbd.provision.certificates import serial_number_of_tpm
 from crbd.provision.signing import CertificateSigner, DevIdRequest, EkRequest
+from crbd.provision.tokens import SCHEME
 
 if TYPE_CHECKING:
     from crbd.provision.signing import KeyPublic
@@ -33,7 +35,7 @@ PROGRAM_TIMEOUT = 120.0
 """Seconds that a program may take for one certificate."""
 MAX_CERTIFICATE = 65_535
 """Bytes of a certificate at most; a TPM takes far less."""
-_FORMS = "use local, exec:PROGRAM or tool:PROGRAM"
+_FORMS = "use local, exec:PROGRAM, tool:PROGRAM or pkcs11:URI"
 
 
 def open_signer(spec: str = "local", ca_directory: Path | None = None, certificate_url: str = "") -> CertificateSigner:
@@ -41,6 +43,9 @@ def open_signer(spec: str = "local", ca_directory: Path | None = None, certifica
     if spec == "local":
         files = AuthorityFiles.own(default_directory() if ca_directory is None else ca_directory)
         return open_authority(files, certificate_url=certificate_url)
+    if spec.startswith(SCHEME):
+        files = AuthorityFiles.own(default_directory() if ca_directory is None else ca_directory)
+        return open_token_authority(files, spec, certificate_url=certificate_url)
     if ca_directory is not None or certificate_url:
         raise UsageError(f"--signer {spec} has no use for --ca-dir and --ca-url", "leave them out")
     kind, _, program = spec.partition(":")
