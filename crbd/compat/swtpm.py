@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from crbd.compat.swtpm_grammar import GetoptError
 from crbd.compat.swtpm_keys import read_key
 from crbd.compat.swtpm_log import DEFAULT_PREFIX, start_log
 from crbd.compat.swtpm_options import CommandLine, HelpWantedError, parse
+from crbd.compat.swtpm_pcap import PcapFile, RecordedLibtpms, open_pcap
 from crbd.compat.swtpm_printing import INFO_PROFILES, VERSION, capabilities_json, socket_usage, spare_engine, usage
 from crbd.compat.swtpm_profile import profile_of
 from crbd.compat.swtpm_state import StatePlace, open_place, place_of, states_json
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import EndpointError, EngineError, OperatorError, StoreError, UsageError
+from crbd.errors import EndpointError, EngineError, OperatorError, PidFileError, StoreError, UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.process import Background, become, change_root, find_user
 from crbd.service.instance import Instance
@@ -81,15 +83,21 @@ class _Reporter:
         self.has_log = False
 
     def report(self, error: OperatorError | StoreError | EngineError) -> None:
-        lines = [str(error)]
-        if isinstance(error, EndpointError) and isinstance(error.__cause__, OSError):
-            # The line that callers of swtpm know, and the one that says which socket it is.
-            kind = "UnixIO" if " unix:" in error.what else "TCP"
-            lines.insert(0, f"Could not open {kind} socket: {error.__cause__.strerror}")
-        for text in lines:
+        for text in (*_as_swtpm_says(error), str(error)):
             print(f"{DEFAULT_PREFIX}{text}", file=sys.stderr)
             if self.has_log:
                 log.error("%s", text)
+
+
+def _as_swtpm_says(error: Exception) -> tuple[str, ...]:
+    """The line that callers of swtpm know, which goes before the one that names the thing and the remedy."""
+    reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
+    if isinstance(error, EndpointError) and reason is not None:
+        return (f"Could not open {'UnixIO' if ' unix:' in error.what else 'TCP'} socket: {reason}",)
+    if isinstance(error, PidFileError) and reason is not None:
+        path = error.what.removeprefix("--pid ").removesuffix(f": {reason}")
+        return (f"Could not open pidfile {path} : {reason}",)
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +109,16 @@ class _Plan:
     profile: str | None
     log_descriptor: int | None
     log_level: int
+    pcap: PcapFile | None
 
     def make_engine(self, port: StatePort) -> Engine:
         """libtpms, with its messages in the log from level 5 on."""
         level = max(0, self.log_level - _LIBTPMS_LEVEL + 1)
         descriptor = 2 if self.log_descriptor is None and level else self.log_descriptor
-        engine = LibtpmsEngine(port, debug_fd=descriptor, debug_level=level)
+        if self.pcap is None:
+            engine = LibtpmsEngine(port, debug_fd=descriptor, debug_level=level)
+        else:
+            engine = RecordedLibtpms(port, self.pcap, debug_fd=descriptor, debug_level=level)
         if self.profile is not None:
             try:
                 engine.set_profile(self.profile)
@@ -142,10 +154,14 @@ def _run(line: CommandLine, reporter: _Reporter) -> int:
         print(_profiles(), end="")
         return 0
     plan = _plan(line, log_descriptor, 0 if log_values is None else log_values.number("level") or 0)
-    if line.print_info:
-        print(_info(plan, line.print_info))
-        return 0
-    _serve(plan, background)
+    try:
+        if line.print_info:
+            print(_info(plan, line.print_info))
+        else:
+            _serve(plan, background)
+    finally:
+        if plan.pcap is not None:
+            plan.pcap.close()
     return 0
 
 
@@ -159,7 +175,7 @@ def _plan(line: CommandLine, log_descriptor: int | None, log_level: int) -> _Pla
     pid_file = _pid_file(line)
     locality = line.values("--locality")
     place = place_of(line.values("--tpmstate"), os.environ)
-    _refuse_filters(line)
+    _refuse_filter(line)
     startup = _startup(line)
     flags = line.values("--flags")
     migration = line.values("--migration")
@@ -182,9 +198,17 @@ def _plan(line: CommandLine, log_descriptor: int | None, log_level: int) -> _Pla
         disconnect=endpoints.disconnect,
         end_with_data_client=endpoints.end_with_data_client,
         end_with_ctrl_client=endpoints.end_with_ctrl_client,
+        upgrade_at_hangup=False,
     )
-    profile = line.values("--profile")
-    return _Plan(daemon, place, None if profile is None else profile_of(profile), log_descriptor, log_level)
+    profile, pcap = line.values("--profile"), line.values("--pcap")
+    return _Plan(
+        daemon=daemon,
+        place=place,
+        profile=None if profile is None else profile_of(profile),
+        log_descriptor=log_descriptor,
+        log_level=log_level,
+        pcap=None if pcap is None else open_pcap(pcap),
+    )
 
 
 def _pid_file(line: CommandLine) -> Path | int | None:
@@ -194,16 +218,22 @@ def _pid_file(line: CommandLine) -> Path | int | None:
     path, number = values.string("file"), values.descriptor("fd")
     if path is None and number is None:
         raise UsageError("The file or fd parameter is required for the pid option.")
-    return number if path is None else Path(path)
+    if path is not None:
+        return Path(path)
+    try:
+        usable = number is not None and stat.S_ISREG(os.fstat(number).st_mode)
+    except OSError:
+        usable = False
+    if not usable:
+        raise UsageError(f"Bad filedescriptor {number} for pid file")
+    return number
 
 
-def _refuse_filters(line: CommandLine) -> None:
-    """What swtpm is built without at times, and this never has. Raises UsageError."""
+def _refuse_filter(line: CommandLine) -> None:
+    """What swtpm is built without at times. Raises UsageError."""
     seccomp = line.values("--seccomp")
     if seccomp is not None and (action := seccomp.string("action") or "kill") != "none":
-        raise UsageError(f"Unsupported seccomp action {action}", "there is no filter here: use action=none")
-    if line.values("--pcap") is not None:
-        raise UsageError("--pcap is not supported", "leave it out")
+        raise UsageError(f"Unsupported seccomp log action {action}", "there is no filter here: use action=none")
 
 
 def _startup(line: CommandLine) -> Startup:

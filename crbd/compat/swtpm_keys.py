@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 
 from crbd.compat.swtpm_grammar import Values
@@ -36,6 +37,7 @@ def read_key(values: Values) -> SwtpmKey:
     elif form == "binary":
         key = SwtpmKey.from_binary(found, _SIZES[mode])
     else:
+        _check_hex(found, _SIZES[mode])
         key = SwtpmKey.from_hex(found, _SIZES[mode])
     if values.flag("remove"):
         for name in ("file", "pwdfile"):
@@ -44,6 +46,17 @@ def read_key(values: Values) -> SwtpmKey:
                 with suppress(OSError):  # swtpm promises to try, no more
                     os.unlink(path)
     return key
+
+
+def _check_hex(text: bytes, size: int) -> None:
+    match = re.match(rb"(?:0x)?([0-9a-fA-F]*)", text)
+    digits = 0 if match is None else len(match[1])
+    if digits > 2 * size:
+        raise UsageError(f"Could not parse key hex string into {size} byte buffer.")
+    if digits not in (32, 64):
+        raise UsageError(f"Unsupported key length with {digits} digits.")
+    if digits < 2 * size:
+        raise UsageError(f"The provided key is too short. Got {digits // 2} bytes, need {size}.")
 
 
 def _where(values: Values, source: str) -> str | int | None:
@@ -57,7 +70,9 @@ def _read(values: Values, source: str) -> bytes:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise UsageError(f"Unable to open file {path}: {error.strerror}") from error
+            # swtpm writes a blank before the one colon and none before the other.
+            blank = " " if source == "pwdfile" else ""
+            raise UsageError(f"Unable to open file {path}{blank}: {error.strerror}") from error
     try:
         with open(descriptor or 0, "rb") as file:
             found = file.read(MAX_SIZE + 1)

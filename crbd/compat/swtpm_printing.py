@@ -41,6 +41,7 @@ _LAST = (
     "tpmstate-opt-lock",
     "tpmstate-dir-backend-opt-backup",
     "tpmstate-dir-backend-opt-fsync",
+    "cmdarg-pcap",
     "systemd-notify",
 )
 
@@ -134,6 +135,9 @@ The following options are supported:
 -r|--runas <user>: be this user
 -R|--chroot <dir>: see nothing but what is below this directory
 --tpm2           : needed: there is no TPM 1.2
+--pcap file=<path>|fd=<fd>[,truncate][,mode=0...][,checksums]
+                 : write commands and responses into a pcapng file, for Wireshark;
+                   its mode is octal, 0640 by default
 --seccomp action=none
                  : no system call is filtered
 --print-capabilities

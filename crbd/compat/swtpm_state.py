@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,9 @@ class StatePlace:
 def place_of(values: Values | None, environment: Mapping[str, str]) -> StatePlace | None:
     """What the option or TPM_PATH says; None where neither is given. Raises UsageError."""
     if values is None:
-        if "TPM_PATH" not in environment:
+        if not environment.get("TPM_PATH"):
             return None
-        return StatePlace(f"dir://{environment['TPM_PATH']}", FileOptions(STATE_MODE, lock_mode=LOCK_MODE))
+        return StatePlace(f"dir://{environment['TPM_PATH']}", FileOptions(_default_mode(), lock_mode=LOCK_MODE))
     directory, uri = values.string("dir"), values.string("backend-uri")
     if directory is not None:
         uri = f"dir://{directory}"
@@ -57,7 +58,7 @@ def place_of(values: Values | None, environment: Mapping[str, str]) -> StatePlac
     return StatePlace(
         uri,
         FileOptions(
-            mode=STATE_MODE if mode is None else mode,
+            mode=_default_mode() if mode is None else mode,
             adopt_mode=mode is not None,
             lock_mode=LOCK_MODE,
             # Historically the one was always locked and the other never (swtpm 0.11).
@@ -65,6 +66,13 @@ def place_of(values: Values | None, environment: Mapping[str, str]) -> StatePlac
             backup=values.flag("backup"),
         ),
     )
+
+
+def _default_mode() -> int:
+    """STATE_MODE as the umask leaves it. What `mode=` says is taken as it is, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return STATE_MODE & ~umask
 
 
 def open_place(place: StatePlace, key: SwtpmKey | None, *, lock: bool) -> Store:

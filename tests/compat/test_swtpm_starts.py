@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -106,7 +107,11 @@ def test_a_pid_file_that_cannot_be_written(tmp_path: Path) -> None:
     for pid in ("file=/no/such/pid", "fd=99"):
         ended = swtpm("socket", "--tpm2", *arguments, "--pid", pid)
         assert ended.returncode == 1
-        assert "--pid" in ended.stderr
+        assert ended.stderr.startswith(
+            "swtpm: Could not open pidfile /no/such/pid : No such file or directory\nswtpm: --pid /no/such/pid: "
+            if pid.startswith("file")
+            else "swtpm: Bad filedescriptor 99 for pid file\n"
+        )
         assert not (tmp_path / "ctrl").exists()
 
 
@@ -199,3 +204,23 @@ def test_log_levels(tmp_path: Path, level: str, lines: int) -> None:
     with running(tmp_path, *arguments[:3], f"file={log},truncate") as process:
         assert end(process) == 0
     assert log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("umask", "option", "mode"), [(0o022, "", 0o640), (0o077, "", 0o600), (0o077, ",mode=0660", 0o660)]
+)
+def test_the_mode_of_state_files(tmp_path: Path, umask: int, option: str, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with running(
+            tmp_path,
+            *("--tpmstate", f"dir={tmp_path}{option}", "--ctrl", f"type=unixio,path={tmp_path / 'ctrl'},mode=0666"),
+            *("--flags", "not-need-init"),
+            state=False,
+        ) as process:
+            assert mode_of(tmp_path / "tpm2-00.permall") == mode
+            assert mode_of(tmp_path / "ctrl") == 0o666
+            assert mode_of(tmp_path / "pid") == 0o644 & ~umask
+            assert end(process, signal.SIGHUP) == 0
+    finally:
+        os.umask(before)
