@@ -103,7 +103,7 @@ shutil.copyfileobj(open({str(tmp_path / "answer")!r}, "rb"), sys.stdout.buffer)
 def test_a_program_without_an_answer_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
-    monkeypatch.setattr(signers, "PROGRAM_TIMEOUT", 1.0)
+    monkeypatch.setattr(signers, "PROGRAM_TIMEOUT", 0.5)
     with pytest.raises(AuthorityError, match=message):
         ProgramSigner(program(tmp_path, text)).ek_certificate(request())
 
