@@ -3,10 +3,12 @@ the reading and writing. Specified byte by byte in docs/slot-file.md.
 
 Theory. A file has two slots at fixed places, and commits go into them in turn: a commit overwrites the older one and
 leaves the newer alone, so one of the two is intact at every moment. The intact slot with the higher generation is the
-state, and the other the undo. A slot is intact when its digest over head and payload holds; whatever sectors of a
-write are missing, the digest does not. The digest is taken over the payload's SHA-256, not over the payload: whoever
-hashed the payload already, as the document's encoder did, need not hash it again for every commit
-(docs/decisions/0003-one-hash.md). Version 1 took it over the payload itself; such slots are read.
+state, and the other the undo. A slot is intact when its head is and the payload has the SHA-256 that the head says;
+whatever sectors of a write are missing, it has not. That is the payload's own SHA-256 and nothing else's, so that who
+hashed the payload already, as the document's encoder did, need not hash anything for a commit
+(docs/decisions/0003-one-hash.md). A head is intact when its CRC holds and what it says stands in it twice, at its
+beginning and at its end: a sector that is torn, old bytes up to some place and new ones from there, does not say the
+same twice. Version 1 said it once, with a SHA-256 over that and the payload; such slots are read.
 
 What can be told from two slots, and what cannot. Each head names its own generation G and the generation its writer
 built upon, its base. Where the other slot holds that base, intact, nothing is missing: either G is the last commit, or
@@ -58,8 +60,12 @@ _DIGEST_AT = _HEAD.size
 _CRC = Struct(">I")
 _CRC_AT = SECTOR - _CRC.size
 _DIGEST_SIZE = sha256().digest_size
-_DIGEST_OVER_PAYLOAD = 1
-"""The slot format version whose digest is over the payload itself."""
+_SAID = _DIGEST_AT + _DIGEST_SIZE
+"""Bytes of what a head says."""
+_AGAIN_AT = _CRC_AT - _SAID
+_GAP = bytes(_AGAIN_AT - _SAID)
+_ONCE = 1
+"""The slot format version that says it once, with a digest over that and the payload."""
 
 _RESTORE = "restore it from a backup"
 _SWTPM_LINEAR_MAGIC = b"nilmptws"
@@ -74,7 +80,7 @@ class SlotHead:
     writer_id: bytes
     length: int
     digest: bytes
-    """SHA-256 over the fields before it and the payload's SHA-256 (format version 1: the payload)."""
+    """SHA-256 of the payload (format version 1: of the fields before it and the payload)."""
     version: int
     """Slot format version that the slot was written in."""
 
@@ -118,11 +124,12 @@ def encode_head(generation: int, base: int, writer_id: bytes, length: int, paylo
 
     `writer_id` is 16 bytes. Raises ValueError.
     """
-    if not 0 <= length <= MAX_PAYLOAD or len(writer_id) != 16 or not 0 <= base < generation <= MAX_GENERATION:
+    fits = 0 <= length <= MAX_PAYLOAD and 0 <= base < generation <= MAX_GENERATION
+    if not fits or len(writer_id) != 16 or len(payload_digest) != _DIGEST_SIZE:
         raise ValueError(f"no slot holds generation {generation} on {base} with {length} bytes")
-    fields = _HEAD.pack(MAGIC, VERSION, OLDEST_READER, 0, generation, base, writer_id, length)
-    head = (fields + sha256(fields + payload_digest).digest()).ljust(_CRC_AT, b"\0")
-    return head + zlib.crc32(head).to_bytes(4, "big")
+    said = _HEAD.pack(MAGIC, VERSION, OLDEST_READER, 0, generation, base, writer_id, length) + payload_digest
+    head = said + _GAP + said
+    return head + _CRC.pack(zlib.crc32(head))
 
 
 def encode_slot(generation: int, base: int, writer_id: bytes, payload: bytes) -> bytes:
@@ -144,6 +151,8 @@ def decode_head(sector: bytes) -> Slot:
     _, version, oldest_reader, _, generation, base, writer_id, length = _HEAD.unpack_from(sector)
     if oldest_reader > VERSION:
         return Slot(Condition.NEWER, oldest_reader=oldest_reader)
+    if version != _ONCE and sector[:_SAID] != sector[_AGAIN_AT:_CRC_AT]:
+        return Slot(Condition.DAMAGED)
     if length > MAX_PAYLOAD or not base < generation <= MAX_GENERATION:
         return Slot(Condition.DAMAGED)
     digest = sector[_DIGEST_AT : _DIGEST_AT + _DIGEST_SIZE]
@@ -152,8 +161,8 @@ def decode_head(sector: bytes) -> Slot:
 
 def check_payload(sector: bytes, head: SlotHead, payload: bytes) -> Slot:
     """INTACT if `payload` is what `head`, decoded from `sector`, was written with; else DAMAGED."""
-    digest = sha256(sector[:_DIGEST_AT])
-    digest.update(payload if head.version == _DIGEST_OVER_PAYLOAD else sha256(payload).digest())
+    digest = sha256(sector[:_DIGEST_AT] if head.version == _ONCE else b"")
+    digest.update(payload)
     whole = len(payload) == head.length and digest.digest() == head.digest
     return Slot(Condition.INTACT if whole else Condition.DAMAGED, head)
 
