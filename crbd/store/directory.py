@@ -18,7 +18,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from crbd.errors import StateAbsentError, StateAccessError, StateDamagedError, StateError, StoreError
+from crbd.errors import (
+    StateAbsentError,
+    StateAccessError,
+    StateDamagedError,
+    StateError,
+    StateForeignError,
+    StoreError,
+)
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
@@ -81,6 +88,11 @@ class DirectoryStore:
             if self._options.locking:
                 lock = LockFile.acquire(self._path / ".lock", self._options.lock_mode)
                 undo.callback(lock.release)
+                if (self._path / "tpm.crbd").exists():
+                    # Made by another process since this one chose the layout.
+                    raise StateForeignError(
+                        f"{self._path} holds state in the crbd layout by now", "start again, for what is there"
+                    )
             self._settle()
             self._restore_missing()
             self._refuse_orphans()

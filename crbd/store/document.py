@@ -20,7 +20,7 @@ from pathlib import Path
 from uuid import UUID
 
 from crbd import __version__
-from crbd.errors import StateAbsentError, StateUnfinishedError, StoreError
+from crbd.errors import StateAbsentError, StateForeignError, StateUnfinishedError, StoreError
 from crbd.state.compatibility import check_engine
 from crbd.state.document import (
     Document,
@@ -113,6 +113,11 @@ class DocumentStore:
         with ExitStack() as undo:
             lock = LockFile.acquire(self._path.parent / ".lock")
             undo.callback(lock.release)
+            if any(self._path.parent.glob("tpm2-00.*")):
+                # Made by another process since this one chose the layout.
+                raise StateForeignError(
+                    f"{self._path.parent} holds state in the swtpm layout by now", "start again, for what is there"
+                )
             slots = SlotFile.open(self._path, create=create)
             undo.callback(slots.close)
             undo.callback(self._forget_seal)

@@ -9,7 +9,7 @@ import pytest
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
-from crbd.errors import CrbdError, StateAbsentError, StateLockedError, StoreFencedError
+from crbd.errors import CrbdError, StateAbsentError, StateForeignError, StateLockedError, StoreFencedError
 from crbd.service.instance import Instance
 from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration
@@ -198,6 +198,23 @@ def test_a_destination_that_gets_nothing_makes_nothing(path: Path, layout: Layou
     assert run(destination, c.STARTUP_CLEAR) == c.FAILURE
     destination.close()
     assert {name for name in _contents(path) if not name.endswith(".lock")} == set()
+
+
+@pytest.mark.parametrize(("made", "chosen"), [(Layout.SWTPM, Layout.CRBD), (Layout.CRBD, Layout.SWTPM)])
+def test_a_destination_that_was_there_first_does_not_write_beside_another_layout(
+    path: Path, made: Layout, chosen: Layout
+) -> None:
+    """It chose its layout when nothing was there."""
+    destination = destination_at(path, chosen)
+    source = started(path, made)
+    blobs = blobs_of(source)
+    before = _contents(path)
+    with pytest.raises(StateForeignError):
+        destination.set_state_blob(PERMANENT, blobs[PERMANENT])
+    assert _contents(path) == before
+    assert run(source, EXTEND) == c.SUCCESS
+    source.close()
+    destination.close()
 
 
 def test_a_destination_without_blobs_starts_from_the_storage(path: Path, layout: Layout) -> None:
