@@ -16,6 +16,7 @@ import crbd
 from crbd.compat.localca_signer import open_localca
 from crbd.compat.setup import main
 from crbd.compat.setup_log import Log
+from crbd.compat.setup_tpm import TpmProgram, chosen_program
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import StateWrongKeyError
@@ -334,6 +335,27 @@ class TestTools:
         host.configure("create_certs_tool = no-such-tool")
         assert host.setup(*QUICK, "--create-ek-cert") == 1
         assert "Could not find no-such-tool in PATH." in capsys.readouterr().err
+
+
+LAUNCHERS = Path(crbd.__file__).parent.parent / "libexec" / "crbd"
+
+
+@pytest.mark.skipif(not LAUNCHERS.is_dir(), reason="needs a checkout")
+class TestOwnCommands:
+    """crbd's own swtpm and swtpm_localca are not run: what they do is done in this process."""
+
+    def test_the_tpm_is_ours(self) -> None:
+        assert chosen_program(f"{LAUNCHERS / 'swtpm'} socket") is None
+        assert chosen_program(f"{LAUNCHERS / 'swtpm'} chardev") is not None
+        assert chosen_program("cat socket") == TpmProgram(("cat", "socket"))
+
+    def test_the_certificates_are_ours(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(LAUNCHERS))
+        for tool in (LAUNCHERS / "swtpm_localca", "swtpm_localca", "/no/such/swtpm-localca"):
+            host.configure(f"create_certs_tool = {tool}")
+            arguments = ("--tpm", f"{LAUNCHERS / 'swtpm'} socket", "--create-ek-cert", "--overwrite")
+            assert host.setup(*QUICK, *arguments) == 0
+            assert len(host.identities().certificates) == 1
 
 
 class TestConfigFiles:
