@@ -24,7 +24,7 @@ from crbd.control import spec
 from crbd.control.connection import ControlConnection, Received, Rejected
 from crbd.control.spec import BY_REQUEST
 from crbd.server.accepting import accept
-from crbd.server.frost import Frost, FrozenError
+from crbd.server.frost import Frost, FrozenError, Links
 from crbd.service.control import ControlService
 from crbd.state.handover import ControlLink
 from crbd.tpm.results import TpmResult
@@ -52,16 +52,17 @@ class ControlChannel:
     `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken. `shut_down`
     is called after SHUTDOWN has been answered. `gone` is called when a client is gone that had the channel, or that
     said nothing while nobody had it. `upgrade` answers UPGRADE: with what is in the way, or with None, and then frost
-    falls.
+    falls; clients that it stops go into `frozen`.
     """
 
     def __init__(
         self,
         service: ControlService,
         attach: Callable[[int], Awaitable[bool]],
+        *,
         shut_down: Callable[[], None],
         upgrade: Callable[[], Awaitable[str | None]],
-        *,
+        frozen: Links,
         gone: Callable[[], None] | None = None,
     ) -> None:
         self._service = service
@@ -71,8 +72,7 @@ class ControlChannel:
         self._gone = gone
         self._turn = trio.Lock()
         self.frost = Frost()
-        self.frozen: list[tuple[ControlLink, socket.socket]] = []
-        """The clients that frost stopped, and their sockets, which belong to whoever takes them."""
+        self._frozen = frozen
 
     async def serve_listener(self, listener: socket.socket) -> None:
         """Serve the clients of a listening socket, for ever."""
@@ -116,7 +116,7 @@ class ControlChannel:
             if await conversation.run() is _End.SHUTDOWN:
                 self._shut_down()
         except FrozenError:
-            self.frozen.append(conversation.freeze())
+            self._frozen.append(conversation.freeze())
             return
         except OSError as error:
             log.info("control connection broke: %s", error.strerror)

@@ -31,6 +31,7 @@ from crbd.errors import EngineError, EngineFailedError, HandoverError, StateErro
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
+from crbd.server.frost import Links
 from crbd.server.pidfile import PidFile
 from crbd.server.succession import KEPT_SIGNALS, LOCK, Inheritance, Program, listen_to_kept_signals
 from crbd.service.control import ControlService
@@ -50,8 +51,6 @@ COMMAND_PATIENCE = 30.0
 CANCEL_INTERVAL = 0.1
 """Seconds between two such requests."""
 OPTION = {"ctrl": "--ctrl", "data": "--data"}
-
-Links = list[tuple[Link, socket.socket]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,18 +225,21 @@ class _Daemon:
                 ending.set()
                 tasks.cancel_scope.cancel()
 
+            links, self._links = self._links, []
             data = DataChannel(
                 self._instance,
                 self._instance.buffer_size(0).maximum,
                 tasks,
+                self._links,
                 once=options.disconnect,
                 gone=end if options.end_with_data_client else None,
             )
             control = ControlChannel(
                 ControlService(self._instance),
                 data.attach,
-                end,
-                self.upgrade,
+                shut_down=end,
+                upgrade=self.upgrade,
+                frozen=self._links,
                 gone=end if options.end_with_ctrl_client else None,
             )
 
@@ -246,13 +248,11 @@ class _Daemon:
                 tasks.start_soon(self._freeze_data, data, controls_over)
 
             self._freeze = freeze
-            links, self._links = self._links, []
             await self._start_links(links, data, control, tasks)
             async with trio.open_nursery() as control_tasks:
                 await self._start_controls(links, control, control_tasks)
             controls_over.set()
         self._freeze = None
-        self._links = [*control.frozen, *data.frozen]
         return control.frost.fallen and not ending.is_set()
 
     async def _start_links(
@@ -265,10 +265,11 @@ class _Daemon:
             nursery.start_soon(data.serve_listener, listener.socket)
 
     async def _start_controls(self, links: Links, control: ControlChannel, nursery: trio.Nursery) -> None:
-        for link, connected in links:
-            if isinstance(link, ControlLink):
-                talking = trio.socket.from_stdlib_socket(connected)
-                await nursery.start(control.serve_connected, talking, link, self._answer)
+        controls = [(link, connected) for link, connected in links if isinstance(link, ControlLink)]
+        # Whoever has the channel first: the others wait for it.
+        for link, connected in sorted(controls, key=lambda each: not each[0].has_turn):
+            talking = trio.socket.from_stdlib_socket(connected)
+            await nursery.start(control.serve_connected, talking, link, self._answer)
         self._answer = None
         if (listener := self._endpoints.get("ctrl")) is not None and listener.listening:
             nursery.start_soon(control.serve_listener, listener.socket)

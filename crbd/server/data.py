@@ -14,7 +14,7 @@ from collections.abc import Callable
 import trio
 
 from crbd.server.accepting import accept
-from crbd.server.frost import Frost, FrozenError
+from crbd.server.frost import Frost, FrozenError, Links
 from crbd.server.pump import FrozenPump, Pump
 from crbd.service.instance import Instance
 from crbd.state.handover import DataLink
@@ -26,8 +26,8 @@ HANDOVER_TIMEOUT = 5.0
 class DataChannel:
     """The data side of one instance. `limit` is the largest command in bytes.
 
-    `once` closes each connection after its first answer; `gone` is called whenever a client is gone, whichever way it
-    had come.
+    Clients that `freeze` stops go into `frozen`. `once` closes each connection after its first answer; `gone` is called
+    whenever a client is gone, whichever way it had come.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class DataChannel:
         instance: Instance,
         limit: int,
         nursery: trio.Nursery,
+        frozen: Links,
         *,
         once: bool = False,
         gone: Callable[[], None] | None = None,
@@ -47,8 +48,7 @@ class DataChannel:
         self._pump: Pump | None = None
         self._free = trio.Condition()
         self._frost = Frost()
-        self.frozen: list[tuple[DataLink, socket.socket]] = []
-        """The clients that were stopped by `freeze`, and their sockets, which belong to whoever takes them."""
+        self._frozen = frozen
 
     def freeze(self) -> None:
         """Stop serving as soon as no command is under way. Descriptors can no longer be attached."""
@@ -100,7 +100,7 @@ class DataChannel:
                         await self._free.wait()
                     self._pump = self._new_pump(connected, link)
         except FrozenError:
-            self.frozen.append((link, connected))
+            self._frozen.append((link, connected))
             return
         task_status.started()
         await self._run(self._pump)
@@ -143,7 +143,8 @@ class DataChannel:
         try:
             frozen = await pump.run()
             if frozen is not None:
-                self.frozen.insert(0, (DataLink(frozen.received, frozen.unsent), pump.socket))
+                # Before those that wait for its place.
+                self._frozen.insert(0, (DataLink(frozen.received, frozen.unsent), pump.socket))
         finally:
             self._pump = None
             with trio.CancelScope(shield=True):

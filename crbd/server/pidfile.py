@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -16,7 +15,6 @@ log = logging.getLogger(__name__)
 MODE = 0o644
 """Permission bits of a new pid file, under umask (swtpm's)."""
 _REMEDY = "name a file that this user may write"
-_NO_NEW_FILE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class PidFile:
@@ -50,13 +48,13 @@ class PidFile:
         return self._written
 
     def write(self) -> None:
-        """Write this process's id (mode 0644, under umask), whole or not at all. Raises PidFileError."""
+        """Write this process's id, into a file that is there or a new one. Raises PidFileError."""
         try:
             if isinstance(self._target, int):
                 self._written = _name_of(self._target)
                 _write_and_close(self._target)
             else:
-                _replace(self._target)
+                _put(self._target)
                 self._written = self._target
         except OSError as error:
             raise PidFileError(f"--pid {self._target}: {error.strerror}", _REMEDY) from error
@@ -75,18 +73,16 @@ class PidFile:
             log.warning("the pid file %s stays behind: %s", self._written, problem.strerror)
 
 
-def _replace(path: Path) -> None:
-    """Put a new file in the path's place; where this user may not make one there, write into the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _put(path: Path) -> None:
+    """Write into the file that is there: who made it may hold it open and wait (swtpm_setup does). A new one appears
+    whole.
+    """
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
-    except OSError as error:
-        if error.errno not in _NO_NEW_FILE:
-            raise
         _write_and_close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC))
-        return
-    _write_and_close(descriptor)
-    temporary.replace(path)
+    except FileNotFoundError:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        _write_and_close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE))
+        temporary.replace(path)
 
 
 def _write_and_close(descriptor: int) -> None:

@@ -17,6 +17,7 @@ from crbd.engine.fake import FakeEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import Endpoint, UnixEndpoint
+from crbd.server.succession import Program
 from crbd.service.options import InstanceOptions
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
@@ -115,6 +116,7 @@ async def running(
     data: Endpoint | None = None,
     ctrl: Endpoint | None = None,
     store: Store | None = None,
+    program: Program | None = None,
 ) -> AsyncIterator[Daemon]:
     """A daemon with UNIX sockets `ctrl` and `data` in `place`, or the endpoints given; ended when the block is left."""
     daemon = Daemon(place / "ctrl", place / "data")
@@ -127,7 +129,13 @@ async def running(
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             try:
-                await serve(daemon_options, store or MemoryStore(), daemon.make_engine, task_status=task_status)
+                await serve(
+                    daemon_options,
+                    store or MemoryStore(),
+                    daemon.make_engine,
+                    program=program,
+                    task_status=task_status,
+                )
             finally:
                 daemon.ended.set()
 
