@@ -273,3 +273,9 @@ def test_the_session_goes_with_the_volatile_blob() -> None:
     target.set(VOLATILE, b"")
     target.ask(m.Init(m.InitFlag(0)))
     assert target.engines[0].locality == 0
+    target.ask(m.Stop())
+    target.set(PERMANENT, permanent)
+    target.set(VOLATILE, volatile)
+    target.set(PERMANENT, permanent)
+    target.ask(m.Init(m.InitFlag(0)))
+    assert target.engines[0].locality == 3

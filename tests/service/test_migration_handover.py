@@ -9,14 +9,16 @@ import pytest
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
-from crbd.errors import CrbdError, StateAbsentError, StateForeignError, StateLockedError, StoreFencedError
+from crbd.errors import CrbdError, StateAbsentError, StateForeignError, StateLockedError, StoreError, StoreFencedError
 from crbd.service.instance import Instance
+from crbd.service.options import InstanceOptions
 from crbd.state.kinds import StateKind
 from crbd.state.swtpm import decode_migration
 from crbd.store.layout import Layout
 from crbd.tpm.head import response_code
 from tests.engine import commands as c
 
+from .instances import Bench
 from .storage import MakeEngine, destination_at, directory, full_disk, opened, source_at
 
 PERMANENT, VOLATILE, SAVESTATE = StateKind.PERMANENT, StateKind.VOLATILE, StateKind.SAVESTATE
@@ -102,9 +104,13 @@ def test_a_source_that_has_handed_over_writes_nothing_at_its_end(
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("resume", ["command", "LOCK_STORAGE", "hash sequence", "STORE_VOLATILE"])
+@pytest.mark.parametrize(
+    "resume", ["command", "LOCK_STORAGE", "HASH_START", "HASH_END", "STORE_VOLATILE", "RESET_TPMESTABLISHED"]
+)
 def test_a_source_goes_on_where_nobody_took_the_lock(path: Path, layout: Layout, resume: str) -> None:
     source = started(path, layout)
+    if resume == "HASH_END":
+        source.hash_start()
     blobs_of(source)
     match resume:
         case "command":
@@ -113,6 +119,10 @@ def test_a_source_goes_on_where_nobody_took_the_lock(path: Path, layout: Layout,
             source.lock_storage(300)
         case "STORE_VOLATILE":
             source.store_volatile()
+        case "RESET_TPMESTABLISHED":
+            source.reset_established(3)
+        case "HASH_END":
+            source.hash_end()
         case _:
             source.hash_start()
     with pytest.raises(StateLockedError):
@@ -148,6 +158,37 @@ def test_what_libtpms_stores_at_the_destination_is_what_was_handed_out(path: Pat
     store = opened(path, layout)
     assert store.load(PERMANENT) == handed_over
     store.close()
+
+
+def test_what_a_full_disk_did_not_take_is_written_before_the_lock_goes(path: Path, layout: Layout) -> None:
+    """Or the lock does not go: the request fails, and with it the migration."""
+    source = started(path, layout)
+    with full_disk():
+        assert run(source, c.nv_write(b"too much")) == c.FAILURE
+        with pytest.raises(StoreError):
+            source.state_blob(SAVESTATE)
+    with pytest.raises(StateLockedError):
+        opened(path, layout)
+    permanent = source.state_blob(PERMANENT)
+    assert permanent is not None
+    source.state_blob(SAVESTATE)
+    store = opened(path, layout)
+    assert store.load(PERMANENT) == decode_migration(permanent, "blob")
+    store.close()
+    assert run(source, c.pcr_read(16)) == c.SUCCESS
+    source.close()
+
+
+def test_a_source_waits_long_for_the_lock_only_once() -> None:
+    """Each command that waits for seconds keeps its guest from all else."""
+    bench = Bench(InstanceOptions(may_manufacture=True, release_lock_outgoing=True, lock_retries=2)).started()
+    bench.instance.state_blob(SAVESTATE)
+    bench.store.lock_refusals = 10
+    for left in (7, 6, 5):
+        assert bench.run(EXTEND) == c.FAILURE
+        assert bench.store.lock_refusals == left
+    bench.store.lock_refusals = 0
+    assert bench.run(EXTEND) == c.SUCCESS
 
 
 def test_a_source_never_goes_on_where_the_destination_changed_the_state(path: Path, layout: Layout) -> None:
