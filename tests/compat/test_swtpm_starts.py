@@ -224,3 +224,19 @@ def test_the_mode_of_state_files(tmp_path: Path, umask: int, option: str, mode: 
             assert end(process, signal.SIGHUP) == 0
     finally:
         os.umask(before)
+
+
+def test_a_pid_file_that_is_there_is_written_into(tmp_path: Path) -> None:
+    """swtpm_setup makes the file, holds it open and reads it until the pid is there."""
+    path = tmp_path / "pid"
+    path.write_text("1234567890 of one that crashed")
+    with open(path) as held, running(tmp_path, "--ctrl", f"type=unixio,path={tmp_path / 'ctrl'}") as process:
+        wait_until(lambda: bool(held.seek(0) == 0 and held.read() == str(process.pid)), "the pid")
+        assert end(process) == 0
+    path.symlink_to(tmp_path / "elsewhere")
+    ended = swtpm(
+        *("socket", "--tpm2", "--tpmstate", f"dir={tmp_path}", "--pid", f"file={path}"),
+        *("--ctrl", f"type=unixio,path={tmp_path / 'ctrl'}"),
+    )
+    assert ended.returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
