@@ -64,6 +64,7 @@ from crbd.state.saved import (
 )
 from crbd.state.sealing import OVERHEAD, Seal, area_length, decode_slots, open_area, reopen_area, wrong_key
 from crbd.state.sections import MAX_SECTIONS, Section, Sections, decode_body, encode_body
+from crbd.state.side import CHECKPOINT
 
 __all__ = ["Document", "Header", "check_complete", "check_identity", "decode", "encode", "encode_hashed", "open_seal"]
 __all__ += ["key_slots", "peek_header", "rewrap", "verify"]
@@ -73,6 +74,7 @@ NEWEST: Final = {
     **dict.fromkeys(SECTION_OF.values(), 1),
     registers.SECTION: registers.VERSION,
     SESSION: 1,
+    CHECKPOINT: 1,
 }
 """The sections of the newest format version, in the order they are written, and their versions there."""
 
@@ -92,6 +94,8 @@ class Document:
     savestate: TpmState | None = None
     crb: registers.CrbStateV3 | None = None
     session: Session | None = None
+    checkpoint: bool = False
+    """The volatile state is one that no client asked to be stored (crbd.state.side)."""
     unknown: Sections = ()
     """Sections that may be skipped and were not understood: carried on unchanged."""
 
@@ -202,6 +206,8 @@ def _sections_of(document: Document) -> Sections:
         bodies[registers.SECTION] = registers.encode(document.crb)[1]
     if document.session is not None:
         bodies[SESSION] = encode_session(document.session)
+    if document.checkpoint:
+        bodies[CHECKPOINT] = b""
     known = tuple(Section(section, NEWEST[section], body) for section, body in bodies.items())
     return known + tuple(section for section in document.unknown if section.name not in bodies)
 
@@ -346,6 +352,8 @@ def _document_of(header: Header, sections: Sections, name: str) -> Document:
     for field in ("uuid", "generation", "writer"):
         if getattr(identity, field) != getattr(header, field):
             raise damaged(name, f"section {IDENTITY}, field {field}", "is not what the header says")
+    if body.get(CHECKPOINT):
+        raise damaged(name, f"section {CHECKPOINT}", "has data")
     states = {
         kind: decode_tpm_state(body[section], name, section) for kind, section in SECTION_OF.items() if section in body
     }
@@ -358,6 +366,7 @@ def _document_of(header: Header, sections: Sections, name: str) -> Document:
         savestate=states.get(StateKind.SAVESTATE),
         crb=_decode_registers(body[registers.SECTION], name) if registers.SECTION in body else None,
         session=decode_session(body[SESSION], name) if SESSION in body else None,
+        checkpoint=CHECKPOINT in body,
         unknown=unknown,
     )
 

@@ -31,6 +31,8 @@ from crbd.state.sections import Section, Sections, decode_body, encode_body
 MAGIC: Final = b"crbdside"
 VERSION: Final = 1
 MAX_RECORDS: Final = 2
+CHECKPOINT: Final = "checkpoint"
+"""The section, without data, that says so of the volatile state beside it."""
 _SESSION_VERSION = 1
 _HEAD = Struct("<HH")
 _LENGTH = Struct("<I")
@@ -42,6 +44,8 @@ class SideState:
 
     crb: registers.CrbStateV3 | None = None
     session: Session | None = None
+    checkpoint: bool = False
+    """No client asked for it to be stored: it is there for the case that the daemon dies, and INIT passes it over."""
 
 
 Records = dict[bytes, SideState]
@@ -94,22 +98,26 @@ def _sections_of(side: SideState) -> Sections:
         sections += (Section(registers.SECTION, version, body),)
     if side.session is not None:
         sections += (Section(SESSION, _SESSION_VERSION, encode_session(side.session)),)
+    if side.checkpoint:
+        sections += (Section(CHECKPOINT, 1, b""),)
     return sections
 
 
 def _side_of(sections: Sections, name: str) -> SideState:
-    crb, session = None, None
+    crb, session, checkpoint = None, None, False
     for section in sections:
         if section.name == registers.SECTION:
             crb = _registers_of(section, name)
         elif section.name == SESSION and section.version == _SESSION_VERSION:
             session = decode_session(section.data, name)
+        elif section.name == CHECKPOINT and section.version == 1:
+            checkpoint = True
         elif not section.may_skip:
             raise StateNewerError(
                 f"{name} has a section {section.name} of version {section.version} that this release does not know",
                 "use the release that wrote it, or a newer one",
             )
-    return SideState(crb, session)
+    return SideState(crb, session, checkpoint)
 
 
 def _registers_of(section: Section, name: str) -> registers.CrbStateV3:

@@ -40,7 +40,7 @@ from crbd.state.sealing import Seal
 from crbd.state.side import SideState
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.directory import BACKUP, DirectoryStore, open_directory
-from crbd.store.document import FILE_NAME, WRITER
+from crbd.store.document import FILE_NAME
 from crbd.store.files import sync_directory
 from crbd.store.layout import Layout
 from crbd.store.linear import SIDE_SUFFIX, open_linear
@@ -57,6 +57,7 @@ from crbd.store.offline import (
 from crbd.store.options import FileOptions
 from crbd.store.port import Store
 from crbd.store.side import NAME as REGISTERS
+from crbd.store.snapshot import WRITER
 from crbd.store.transfer import encoded, opened, rewritten
 
 States = Mapping[StateKind, bytes]

@@ -26,17 +26,19 @@ from crbd.errors import (
     StateForeignError,
     StoreError,
 )
+from crbd.state.document import Document
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
 from crbd.state.swtpm_sealing import SwtpmKey
-from crbd.store.files import make_directory, sync_directory, write_durably
+from crbd.store.files import make_directory, modified, sync_directory, write_durably
 from crbd.store.lockfile import LockFile
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
 from crbd.store.port import Estate
 from crbd.store.side import NAME as SIDE_NAME
 from crbd.store.side import SideFile
+from crbd.store.snapshot import plain_snapshot, read_plain_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class DirectoryStore:
         self._path = path
         self._create = create
         self._key = key
+        self._engine = EngineStamp(0, 0, 0)
         self._options = options
         self._side = SideFile(path / SIDE_NAME, key)
         self._lock: LockFile | None = None
@@ -71,11 +74,16 @@ class DirectoryStore:
     def locked(self) -> bool:
         return self._locked
 
+    @property
+    def written(self) -> int | None:
+        return modified(self._file(StateKind.PERMANENT))
+
     def estate(self) -> Estate:
         return Estate(lock=None if self._lock is None else self._lock.descriptor)
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """swtpm's files do not say which engine wrote them; libtpms judges its blobs itself."""
+        self._engine = stamp
 
     def lock(self) -> None:
         if self._locked:
@@ -144,6 +152,19 @@ class DirectoryStore:
                 self._held_a_tpm = changes[StateKind.PERMANENT] is not None
         except OSError as error:
             raise StoreError(f"TPM state in {self._path} could not be written: {error.strerror}") from error
+
+    def snapshot(self, states: Mapping[StateKind, bytes], side: SideState) -> bytes:
+        if self._key is not None:
+            raise StoreError(
+                f"{self._path} is encrypted as swtpm does it, which no document is: a snapshot would be plain"
+            )
+        return plain_snapshot(states, side, self._engine)
+
+    def read_snapshot(self, data: bytes, name: str) -> Document:
+        return read_plain_snapshot(data, name)
+
+    def overtake(self, generation: int) -> int | None:
+        return None
 
     def close(self) -> None:
         self.release()

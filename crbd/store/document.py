@@ -19,14 +19,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
-from crbd import __version__
-from crbd.errors import StateAbsentError, StateForeignError, StateUnfinishedError, StoreError
+from crbd.errors import (
+    StateAbsentError,
+    StateError,
+    StateForeignError,
+    StateUnfinishedError,
+    StateWrongKeyError,
+    StoreError,
+)
 from crbd.state.compatibility import check_engine
 from crbd.state.document import (
     Document,
     check_complete,
     check_identity,
     decode,
+    encode,
     encode_hashed,
     open_seal,
     peek_header,
@@ -43,9 +50,9 @@ from crbd.store.files import make_directory, write_durably
 from crbd.store.lockfile import LockFile
 from crbd.store.port import Estate
 from crbd.store.slots import SlotFile
+from crbd.store.snapshot import WRITER, pictured
 
 FILE_NAME = "tpm.crbd"
-WRITER = f"crbd {__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,7 @@ class DocumentStore:
         """The document of an older format, as long as it has not been kept elsewhere; and its format."""
         self._slots: SlotFile | None = None
         self._lock: LockFile | None = None
+        self._overtaken = 0
         if lock:
             self.lock()
 
@@ -97,6 +105,10 @@ class DocumentStore:
     @property
     def locked(self) -> bool:
         return self._lock is not None
+
+    @property
+    def written(self) -> int | None:
+        return None if self._document is None else self._document.written
 
     @property
     def document(self) -> Document | None:
@@ -163,7 +175,7 @@ class DocumentStore:
         document = self._reread()
         if document is None or document.volatile is None or (document.crb is None and document.session is None):
             return None
-        return SideState(document.crb, document.session)
+        return SideState(document.crb, document.session, document.checkpoint)
 
     def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
         if self._slots is None:
@@ -178,7 +190,7 @@ class DocumentStore:
             raise ValueError("registers are kept beside volatile state, and there is none")
         if side is not None or StateKind.VOLATILE in changes:
             kept = side or SideState()
-            following = replace(following, crb=kept.crb, session=kept.session)
+            following = replace(following, crb=kept.crb, session=kept.session, checkpoint=kept.checkpoint)
         if self._ek_fingerprint is not None:
             following = replace(following, identity=replace(following.identity, ek_fingerprint=self._ek_fingerprint))
         following = replace(
@@ -191,6 +203,34 @@ class DocumentStore:
         data, digest = encode_hashed(following, self._seal)
         self._slots.commit(data, digest)
         self._document = following
+
+    def snapshot(self, states: Mapping[StateKind, bytes], side: SideState) -> bytes:
+        if self._document is None or self._engine is None:
+            raise StoreError(f"{self._path} holds no TPM yet")
+        return encode(pictured(self._document, states, side, self._engine), self._seal)
+
+    def read_snapshot(self, data: bytes, name: str) -> Document:
+        header = verify(data, name)
+        if self._document is not None:
+            check_identity(header, self._document.identity.uuid, name)
+        if self._seal is None and header.sealed:
+            raise StateError(
+                f"{name} is encrypted, and the state that it would replace is not",
+                "convert the state first: crbd state convert --new-key",
+            )
+        try:
+            document = decode(data, self._seal, name)
+        except StateWrongKeyError:
+            # Of before the state was sealed anew; the operator's key may still open it.
+            if not self._new.keys:
+                raise
+            document = decode(data, self._new.keys, name)
+        check_complete(document, name)
+        return document
+
+    def overtake(self, generation: int) -> int | None:
+        self._overtaken = max(self._overtaken, generation)
+        return None if self._document is None else self._document.identity.generation
 
     def close(self) -> None:
         self.release()
@@ -244,7 +284,8 @@ class DocumentStore:
                 self._seal = Seal.create(identity.uuid, self._new.keys)
             return Document(identity, slots.writer_id, now)
         before = self._document
-        identity = replace(before.identity, generation=before.identity.generation + 1, writer=WRITER)
+        generation = max(before.identity.generation, self._overtaken) + 1
+        identity = replace(before.identity, generation=generation, writer=WRITER)
         return replace(before, identity=identity, writer_id=slots.writer_id, written=now)
 
     def _keep_old_format(self) -> None:

@@ -256,3 +256,12 @@ def make_directory(path: Path) -> None:
     except OSError as error:
         remedy = "make the directory above it, writable for this user"
         raise StateAccessError(f"{path} cannot be made: {error.strerror}", remedy) from error
+
+
+def modified(path: Path) -> int | None:
+    """When a regular file was last written, in seconds since 1970; None for what is absent or no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return int(found.st_mtime) if stat.S_ISREG(found.st_mode) else None

@@ -37,15 +37,17 @@ from crbd.errors import (
     StoreError,
     StoreFencedError,
 )
+from crbd.state.document import Document
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
 from crbd.state.swtpm_sealing import SwtpmKey
-from crbd.store.files import BlockFile, RegularFile
+from crbd.store.files import BlockFile, RegularFile, modified
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
 from crbd.store.port import Estate
 from crbd.store.side import SideFile
+from crbd.store.snapshot import plain_snapshot, read_plain_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +144,7 @@ class LinearStore:
         self._open_file = open_file
         self._create = create
         self._key = key
+        self._engine = EngineStamp(0, 0, 0)
         self._options = options
         self._side = SideFile(path.with_name(path.name + SIDE_SUFFIX), key)
         self._file: BlockFile | None = None
@@ -161,6 +164,10 @@ class LinearStore:
     @property
     def locked(self) -> bool:
         return self._file is not None
+
+    @property
+    def written(self) -> int | None:
+        return modified(self._path)
 
     def lock(self) -> None:
         if self._file is not None:
@@ -193,6 +200,7 @@ class LinearStore:
 
     def use_engine(self, stamp: EngineStamp) -> None:
         """swtpm's file does not say which engine wrote it; libtpms judges its blobs itself."""
+        self._engine = stamp
 
     def load(self, kind: StateKind) -> bytes | None:
         if self._file is not None:
@@ -234,6 +242,19 @@ class LinearStore:
                 self._side.remove()
         except OSError as error:
             raise StoreError(f"TPM state could not be written to {self._path}: {error.strerror}") from error
+
+    def snapshot(self, states: Mapping[StateKind, bytes], side: SideState) -> bytes:
+        if self._key is not None:
+            raise StoreError(
+                f"{self._path} is encrypted as swtpm does it, which no document is: a snapshot would be plain"
+            )
+        return plain_snapshot(states, side, self._engine)
+
+    def read_snapshot(self, data: bytes, name: str) -> Document:
+        return read_plain_snapshot(data, name)
+
+    def overtake(self, generation: int) -> int | None:
+        return None
 
     def close(self) -> None:
         self.release()

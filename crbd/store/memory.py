@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from crbd.errors import StoreError
+from crbd.state.document import Document
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
 from crbd.store.port import Estate
+from crbd.store.snapshot import plain_snapshot, read_plain_snapshot
 
 
 class MemoryStore:
@@ -17,6 +19,7 @@ class MemoryStore:
     def __init__(self, initial: Mapping[StateKind, bytes] | None = None, *, lock: bool = True) -> None:
         self._held: dict[StateKind, bytes] = dict(initial or {})
         self._side: SideState | None = None
+        self._engine = EngineStamp(0, 0, 0)
         self._locked = lock
 
     @property
@@ -26,6 +29,10 @@ class MemoryStore:
     @property
     def locked(self) -> bool:
         return self._locked
+
+    @property
+    def written(self) -> int | None:
+        return None
 
     def lock(self) -> None:
         self._locked = True
@@ -37,7 +44,7 @@ class MemoryStore:
         return Estate(held=dict(self._held))
 
     def use_engine(self, stamp: EngineStamp) -> None:
-        """The engine does not change while the process lives."""
+        self._engine = stamp
 
     def load(self, kind: StateKind) -> bytes | None:
         return self._held.get(kind)
@@ -54,6 +61,15 @@ class MemoryStore:
         if side is not None or StateKind.VOLATILE in changes:
             self._side = side
         self._held = {kind: data for kind, data in wanted.items() if data is not None}
+
+    def snapshot(self, states: Mapping[StateKind, bytes], side: SideState) -> bytes:
+        return plain_snapshot(states, side, self._engine)
+
+    def read_snapshot(self, data: bytes, name: str) -> Document:
+        return read_plain_snapshot(data, name)
+
+    def overtake(self, generation: int) -> int | None:
+        return None
 
     def close(self) -> None:
         """Nothing to release."""

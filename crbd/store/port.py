@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from crbd.state.document import Document
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
@@ -39,6 +40,10 @@ class Store(Protocol):
     @property
     def locked(self) -> bool:
         """Whether this process is the only user and `commit` may be called."""
+
+    @property
+    def written(self) -> int | None:
+        """When what is there was written, in seconds since 1970; None where nobody knows."""
 
     def lock(self) -> None:
         """Become the only user, and look at what is there as if it were opened now.
@@ -82,6 +87,19 @@ class Store(Protocol):
         where the store is not locked, and ValueError for a `side` where no volatile state would be there: nothing was
         written then.
         """
+
+    def snapshot(self, states: Mapping[StateKind, bytes], side: SideState) -> bytes:
+        """The TPM with these states as a document: of the store's instance and generation, sealed as the store is.
+
+        Where the layout knows neither, a plain one of an instance made for it. Nothing is written. Raises StoreError
+        where there is none to be had.
+        """
+
+    def read_snapshot(self, data: bytes, name: str) -> Document:
+        """A document as `snapshot` gives it, of this instance and sealed as the store is. Raises a StateError."""
+
+    def overtake(self, generation: int) -> int | None:
+        """From now on commits have generations above this one too; returns the present one, None if there are none."""
 
     def close(self) -> None:
         """Release the lock and everything else. Closing twice is no error."""

@@ -33,8 +33,8 @@ from crbd.state.document import (
 from crbd.state.header import FORMAT_VERSION, WRITER_ID_SIZE
 from crbd.state.keys import KeySlot, UserKey, unwrap
 from crbd.state.sealing import Seal
-from crbd.store.document import WRITER
 from crbd.store.offline import OfflineState
+from crbd.store.snapshot import WRITER
 
 
 @contextmanager

@@ -145,5 +145,6 @@ documents = st.builds(
     savestate=st.none() | tpm_states,
     crb=st.none() | register_states,
     session=st.none() | sessions,
+    checkpoint=st.booleans(),
     unknown=unknown_sections,
 )

@@ -106,6 +106,7 @@ DAMAGED = {
     "session flags": (section("session", bytes((0, 2)) + bytes(8)), "section session, field flags"),
     "session cut": (section("session", bytes(9)), "section session, field last command"),
     "session too long": (section("session", bytes(11)), "section session: has 1 bytes"),
+    "checkpoint with data": (section("checkpoint", b"x"), "section checkpoint: has data"),
     "blob empty": (section("tpm.permanent", bytes(9)), "section tpm.permanent, field blob"),
     "blob too long": (section("tpm.volatile", bytes(9 + 512 * 1024 + 1)), "section tpm.volatile, field blob"),
     "profile cut": (section("tpm.permanent", bytes(8) + b"\x09x"), "section tpm.permanent, field profile"),

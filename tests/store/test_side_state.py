@@ -22,7 +22,7 @@ RECORDS = [
     {digest_of(b"v"): SideState(s.registers(), SESSION)},
     {
         digest_of(b""): SideState(s.registers(CrbConfig(max_command=4096)), None),
-        digest_of(b"w"): SideState(None, SESSION),
+        digest_of(b"w"): SideState(None, SESSION, checkpoint=True),
     },
 ]
 IT = "/state/crbd.registers"
