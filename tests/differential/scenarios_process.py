@@ -11,11 +11,11 @@ from pathlib import Path
 from .commands import GET_RANDOM, READ_PCR_16, STARTUP_STATE
 from .comparison import Seen, scenario
 from .subject import (
-    RUNS,
     SILENCE,
     Channel,
     Daemon,
     Subject,
+    first_line,
     has_text,
     modes,
     run,
@@ -196,10 +196,10 @@ def what_is_at_the_socket_path(subject: Subject, place: Path, seen: Seen) -> Non
                 path.symlink_to(here / "target")
         try:
             with running(subject, here, *ON) as daemon:
-                (here / "errors").unlink()
-                seen.note(f"{kind}: files", modes(here))
                 with daemon.control() as control:
                     seen.note(f"{kind}: GET_CONFIG", control.ask("0000000f", 8))
+                (here / "errors").unlink()
+                seen.note(f"{kind}: files", modes(here))
         except AssertionError as error:
             seen.note(f"{kind}: refused", str(error).splitlines()[0].replace(str(here), "PLACE"))
     if has_text(place / "symbolic-link" / "target"):
@@ -213,11 +213,14 @@ def a_locked_directory(subject: Subject, place: Path, seen: Seen) -> None:
     tail = ("--tpmstate", f"dir={place / 'state'}", "--server", f"type=unixio,path={second}/data", "--ctrl",
             f"type=unixio,path={second}/ctrl")  # fmt: skip
     with running(subject, place, *ON):
-        seen.note("powered on at the start", told(start(subject, second, "socket", "--tpm2", *tail, *ON), second))
+        seen.note("powered on at the start", told(start(subject, second, "socket", "--tpm2", *tail, *ON), place))
         seen.note("powered on at the start: files", modes(second))
-        with running(subject, second, *tail, sockets="") as daemon, daemon.control() as control:
-            seen.note("INIT", control.ask("00000002 00000000", 4))
-            seen.note("GET_CONFIG then", control.ask("0000000f", 8))
+        try:
+            with running(subject, second, *tail, sockets="") as daemon, daemon.control() as control:
+                seen.note("INIT", control.ask("00000002 00000000", 4))
+                seen.note("GET_CONFIG then", control.ask("0000000f", 8))
+        except AssertionError as error:
+            seen.note("powered off at the start", first_line(str(error), place))
 
 
 @scenario
@@ -304,7 +307,5 @@ def environment(subject: Subject, place: Path, seen: Seen) -> None:
         for server in ("", "--server type=tcp"):
             ended = start(subject, place, *options, *server.split(), environment=variables)
             seen.note(f"{name}, {server or 'no option'}", told(ended, place))
-            if ended.status != RUNS:
-                seen.note(f"{name}, {server or 'no option'}: files", modes(state))
             for path in state.iterdir():
                 path.unlink()

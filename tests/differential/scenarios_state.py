@@ -37,6 +37,11 @@ def key_options(name: str, place: Path) -> list[str]:
     return [option.replace("PLACE", str(place)) for option in KEYS[name]]
 
 
+def directory_name(name: str) -> str:
+    """Where the TPM with this one of KEYS lives; an option's value cannot hold a comma."""
+    return "tpm-" + name.replace(", ", "-").replace(" ", "-")
+
+
 def second_start(subject: Subject, place: Path, state: Path, *options: str) -> str:
     """How a start on a state that is there goes: the answer to GET_CONFIG of one that serves, or the refusal."""
     command = ("socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={place}/c")
@@ -47,7 +52,7 @@ def second_start(subject: Subject, place: Path, state: Path, *options: str) -> s
 def keys(subject: Subject, place: Path, seen: Seen) -> None:
     make_keys(place)
     for name in KEYS:
-        here = place / f"tpm-{name}"
+        here = place / directory_name(name)
         here.mkdir()
         with running(subject, here, *ON, *key_options(name, place)) as daemon:
             with daemon.control() as control, daemon.data() as data:
@@ -61,11 +66,11 @@ def keys(subject: Subject, place: Path, seen: Seen) -> None:
             daemon.end()
         head = (here / "state" / "tpm2-00.permall").read_bytes()[:6].hex()
         seen.note(f"{name}: the file's head", head)
-    for made in ("no key", "file", "passphrase"):
-        for given in KEYS:
+    for made in ("no key", "passphrase"):
+        for given in ("no key", "file", "passphrase, 256 bits", "another passphrase"):
             if given == made:
                 continue
-            state = place / f"tpm-{made}" / "state"
+            state = place / directory_name(made) / "state"
             seen.note(
                 f"state of {made}, started with {given}",
                 second_start(subject, place, state, *ON, *key_options(given, place)),

@@ -46,6 +46,8 @@ DEBIAN = Subject("swtpm", Path("/usr/bin"))
 @cache
 def crbd() -> Subject:
     """This checkout's crbd in swtpm's place."""
+    # In a checkout that is not installed the launchers need to be told which Python has what crbd needs.
+    os.environ.setdefault("CRBD_PYTHON", sys.executable)
     done = subprocess.run(
         [sys.executable, "-m", "crbd", "compat-path"], check=True, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -276,7 +278,7 @@ def first_line(text: str, place: Path) -> str:
     line = next((line for line in text.splitlines() if line.strip()), "").strip()
     line = line.replace(str(place), "PLACE")
     line = re.sub(r"(^|\s)/\S*/(swtpm\w*)", r"\1\2", line)
-    return re.sub(r"\b(pid|PID)[ =:]*\d+", r"\1 N", line)
+    return re.sub(r"\b(pid|PID|process)[ =:]*\d+", r"\1 N", line)
 
 
 def modes(place: Path) -> str:
