@@ -456,12 +456,15 @@ class CrbDevice(CommandInterface):
         )
 
     @classmethod
-    def thaw(cls, config: CrbConfig, snapshot: CrbSnapshot, buffer: memoryview | None = None) -> CrbDevice:
+    def thaw(
+        cls, config: CrbConfig, snapshot: CrbSnapshot, buffer: memoryview | None = None, *, live: bool = False
+    ) -> CrbDevice:
         """The device that was frozen, which goes on as if nothing had happened.
 
         A command that executed then is in `executing` and has to be executed again. A device with a separate buffer is
-        where the snapshot says; any other must be at `config.base`. Raises StateDamagedError, naming the register, for
-        a snapshot that such a device could never give.
+        where the snapshot says; any other must be at `config.base`. `live`: `buffer` is the memory that the frozen
+        device had, in which a guest may have gone on writing; it is left as it is. Raises StateDamagedError, naming the
+        register, for a snapshot that such a device could never give.
         """
         if config.separate_buffer:
             try:
@@ -471,7 +474,7 @@ class CrbDevice(CommandInterface):
         check(snapshot, config)
         device = cls(config, buffer)
         device._filled = config.buffer_size
-        device._pages.load(snapshot.words, snapshot.statuses, snapshot.buffer)
+        device._pages.load(snapshot.words, snapshot.statuses, None if live else snapshot.buffer)
         device._pending = snapshot.pending
         device._executor = snapshot.executor
         device._command = snapshot.command

@@ -122,14 +122,15 @@ class Pages:
         self.memory[self.control + Offset.CTRL_STS] |= fatal
         self._show(state & (NOT_ESTABLISHED | ASSIGNED | VALID) | locality << ACTIVE_SHIFT)
 
-    def load(self, words: tuple[int, ...], statuses: tuple[int, ...], buffer: bytes) -> None:
-        """Show the owner's page as `words` (checked by the caller), every LOC_STS, and the buffer."""
+    def load(self, words: tuple[int, ...], statuses: tuple[int, ...], buffer: bytes | None) -> None:
+        """Show the owner's page as `words` (checked by the caller), every LOC_STS, and the buffer (None: as it is)."""
         self._own(words[Offset.LOC_STATE // 4] >> ACTIVE_SHIFT & 7)
         for locality, status in enumerate(statuses):
             self.set_status(locality, status)
         self.memory[self.control : self.control + BUFFER_OFFSET] = spec.bytes_of(words)
         self._show(words[Offset.LOC_STATE // 4])
-        self.buffer[:] = buffer
+        if buffer is not None:
+            self.buffer[:] = buffer
 
     def relocate(self, config: CrbConfig) -> None:
         """Show the addresses of `config`, which differs in nothing but its base."""

@@ -38,6 +38,7 @@ from crbd.service.lock import EngineLock
 from crbd.service.migration import Custody, StateBlobs, retried
 from crbd.service.options import InstanceOptions, Startup
 from crbd.service.registers import Registers
+from crbd.service.served import BUFFER_SIZE, ServedRegisters
 from crbd.service.stamp import stamp_of
 from crbd.state.crb import snapshot_of
 from crbd.state.handover import InstanceFacts
@@ -54,22 +55,37 @@ MAX_LOCALITY = 4
 
 _FAILURE = error_response(ResponseCode.FAILURE)
 _RETRY = error_response(ResponseCode.RETRY)
+_CANCELED = error_response(ResponseCode.CANCELED)
 _BAD_LOCALITY = error_response(ResponseCode.LOCALITY)
 _SHUTDOWN = CommandCode.SHUTDOWN.to_bytes(4, "big")
 _VENDOR_SET_LOCALITY = CommandCode.VENDOR_SET_LOCALITY.to_bytes(4, "big")
 
 
 class Instance:
-    """One TPM. `make_engine` is given the state port and returns a stopped engine."""
+    """One TPM. `make_engine` is given the state port and returns a stopped engine.
 
-    def __init__(self, make_engine: Callable[[StatePort], Engine], store: Store, options: InstanceOptions) -> None:
+    `buffer` is the data buffer of the registers that are served, if the options have any: memory shared with a guest.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[StatePort], Engine],
+        store: Store,
+        options: InstanceOptions,
+        buffer: memoryview | None = None,
+    ) -> None:
         self._store = store
         self._state = DurableState(store)
         self._engine = make_engine(self._state)
         self._options = options
         store.use_engine(stamp_of(self._engine))
         self._may_manufacture = options.may_manufacture
-        self._registers = Registers(CrbConfig(max_command=self._engine.buffer_size().maximum))
+        limit = self._engine.buffer_size().maximum
+        self.served: ServedRegisters | None = None
+        """For the register client, if the options have one."""
+        if options.serves_registers:
+            self.served = ServedRegisters(buffer or memoryview(bytearray(BUFFER_SIZE)), limit, self._engine.cancel)
+        self._registers = Registers(CrbConfig(max_command=limit), self.served)
         # What the way of a command touches, one look-up away.
         self._device, self._device_lock = self._registers.device, self._registers.lock
         self._run = self._engine.execute
@@ -169,14 +185,16 @@ class Instance:
                 facts=facts,
             )
 
-    def thaw(self, frozen: FrozenInstance, name: str) -> None:
+    def thaw(self, frozen: FrozenInstance, name: str, *, live_buffer: bool = False) -> None:
         """Go on where another instance stopped: on a new one, instead of `check` and `begin`. `name` goes into errors.
+
+        `live_buffer`: this instance's buffer is the memory that the frozen one had.
 
         Raises StateError, EngineError; the TPM is OFF then, and nothing was written.
         """
         with self._lock:
             thaw_tpm(self._engine, self._state, self._blobs, frozen, name)
-            self._registers.thaw(snapshot_of(frozen.registers))
+            self._registers.thaw(snapshot_of(frozen.registers), live=live_buffer)
             self._device = self._registers.device
             if frozen.facts.powered:
                 self._store.use_engine(stamp_of(self._engine))
@@ -226,6 +244,52 @@ class Instance:
         self._engine.cancel()
 
     # -- the registers
+
+    def execute_started(self) -> None:
+        """Run the command that the register client has started, if it is still to be run, and show what came of it.
+
+        What it changed is durable then. It runs in locality 0, and the data channel's locality stays what it is.
+        """
+        if self.served is None:
+            return
+        if self._contested():
+            self._lock.let_others_go_first()
+        with self._engine_lock:
+            taken = self.served.take()
+            if taken is None:
+                return
+            (command, locality), cancelled = taken
+            self.served.complete(_CANCELED if cancelled else self._run_for_registers(command, locality))
+
+    def _run_for_registers(self, command: bytes, locality: int) -> bytes | None:
+        """The response, or None where the TPM could not be asked; under the engine lock."""
+        try:
+            self._go_on()
+            if not self._powered:
+                return _FAILURE
+            self._engine.locality = locality
+            response = self._run(command)
+            self._last_command = command
+            if self._uncommitted:
+                self._state.commit()
+        except StoreError as error:
+            log.error("%s; the command is answered with TPM_RC_FAILURE", error)
+            return _FAILURE
+        except (EngineError, StateError) as error:
+            log.error("%s; the registers report a fatal error", error)
+            return None
+        finally:
+            self._engine.locality = self._locality
+        return response
+
+    def reset(self) -> None:
+        """A platform reset by the register client: of the TPM, which is ON then, and of all registers.
+
+        Raises EngineError, StateError or StoreError; the TPM is OFF then.
+        """
+        if self.served is not None:
+            self.served.cancel()
+        self.init(delete_volatile=False)
 
     @property
     def localities(self) -> int:

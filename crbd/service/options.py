@@ -36,6 +36,8 @@ class InstanceOptions:
     """Whether a TPM may be made where no state is."""
     auto_shutdown: bool = True
     """Whether TPM2_Shutdown is sent for a client that takes the power away without it."""
+    serves_registers: bool = False
+    """Whether there is a register file for a register client (crbd.service.served)."""
     reject_locality_4: bool = False
     """Refuse locality 4 from SET_LOCALITY and the vendor command."""
     allow_set_locality: bool = False

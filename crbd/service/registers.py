@@ -9,6 +9,9 @@ whoever asked for it. What swtpm's control channel knows as commands of its own 
     RESET_TPMESTABLISHED              LOC_CTRL.resetEstablishment of locality 3 or 4
     INIT, STOP                        a platform reset
 
+Where a register client is served, its registers are another file (crbd.service.served), and it is that one which is
+shown and frozen: a guest lives by it, and of this one nothing outlives a command.
+
 The device lock is held for microseconds and never while the TPM computes. Who holds the engine lock may take it;
 never the other way round.
 """
@@ -23,6 +26,7 @@ from crbd.crb.device import CrbDevice
 from crbd.crb.effects import Cancel, Effect
 from crbd.crb.snapshot import CrbSnapshot
 from crbd.crb.spec import Offset
+from crbd.service.served import ServedRegisters
 
 HASH_LOCALITY = 4
 _HASH_START = b"\x01"
@@ -36,35 +40,43 @@ _HASH_COUNT_SIZE = 2
 
 
 class Registers:
-    """The registers of one TPM. Every method may be called from any thread."""
+    """The registers of one TPM; `served`: the register client's. Every method may be called from any thread."""
 
-    __slots__ = ("device", "lock")
+    __slots__ = ("device", "lock", "served")
 
-    def __init__(self, config: CrbConfig) -> None:
+    def __init__(self, config: CrbConfig, served: ServedRegisters | None = None) -> None:
         self.device = CrbDevice(config)
         """For who holds `lock`."""
         self.lock = threading.Lock()
+        self.served = served
 
     @property
     def localities(self) -> int:
-        """How many localities there are."""
-        return self.device.config.localities
+        """How many localities are shown."""
+        return self.device.config.localities if self.served is None else 1
 
     def pages(self) -> bytes:
         """All localities' pages, 4 KiB each, as a guest would read them now."""
+        if self.served is not None:
+            return self.served.page()
         with self.lock:
             return b"".join(self.device.read(number, 0, PAGE_SIZE) for number in range(self.localities))
 
     def freeze(self) -> CrbSnapshot:
         """The registers as a value."""
+        if self.served is not None:
+            return self.served.freeze()
         with self.lock:
             return self.device.freeze()
 
-    def thaw(self, snapshot: CrbSnapshot) -> None:
-        """Go on with the device that was frozen; `device` is another one afterwards.
+    def thaw(self, snapshot: CrbSnapshot, *, live: bool = False) -> None:
+        """Go on with the device that was frozen; `device` is another one afterwards. `live`: as in ServedRegisters.
 
         Raises StateDamagedError where no device of this configuration could have given it.
         """
+        if self.served is not None:
+            self.served.thaw(snapshot, live=live)
+            return
         with self.lock:
             self.device = CrbDevice.thaw(self.device.config, snapshot)
 
@@ -88,11 +100,15 @@ class Registers:
         with self.lock:
             self.device.reset()
             self.device.set_established(established)
+        if self.served is not None:
+            self.served.reset(established=established)
 
     def set_established(self, flag: bool) -> None:
         """Show the engine's tpmEstablished flag."""
         with self.lock:
             self.device.set_established(flag)
+        if self.served is not None:
+            self.served.set_established(flag)
 
     def reset_establishment(self, locality: int) -> Iterable[Effect]:
         """Write LOC_CTRL.resetEstablishment; what is to be done: nothing where `locality` may not."""
