@@ -159,3 +159,21 @@ def test_a_control_client_as_a_descriptor_does_not_imply_terminate(tmp_path: Pat
         with connected(data) as client:
             assert run_command(client, STARTUP_CLEAR) == SUCCESS_HEAD
         assert end(process) == 0
+
+
+def test_ctrl_terminate_ends_with_a_client_that_said_nothing(tmp_path: Path) -> None:
+    ctrl = tmp_path / "ctrl"
+    with running(tmp_path, "--ctrl", f"type=unixio,path={ctrl},terminate") as process:
+        with connected(ctrl):
+            pass
+        assert process.wait(PATIENCE) == 0
+
+
+def test_disconnect_counts_as_the_end_of_the_client(tmp_path: Path) -> None:
+    """`-p PORT -t` answers one command, as swtpm does."""
+    port = free_port()
+    with running(tmp_path, "-p", str(port), "-t", "--flags", "startup-clear") as process:
+        with connected(port) as client:
+            assert run_command(client, GET_RANDOM)[6:10] == bytes(4)
+            assert is_at_end(client)
+        assert process.wait(PATIENCE) == 0
