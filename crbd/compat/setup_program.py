@@ -19,8 +19,12 @@ from crbd.compat.setup_log import Log
 from crbd.compat.setup_tpm import TpmProgram
 from crbd.control.replies import Done, Info
 from crbd.control.requests import GetInfo, Shutdown
-from crbd.errors import DaemonError, UsageError
-from crbd.provision.signing import TpmDescription
+from crbd.errors import DaemonError, OperatorError, UsageError
+from crbd.provision.options import Existing, ProvisionOptions
+from crbd.provision.provisioning import provision_tpm
+from crbd.provision.report import ProvisionReport
+from crbd.provision.signing import CertificateSigner, TpmDescription
+from crbd.provision.tpm import Tpm
 from crbd.tpm.head import HEAD_SIZE
 
 ANSWER_PATIENCE: Final = 300.0
@@ -84,6 +88,31 @@ def running(
             raise
         finally:
             _end(process)
+
+
+def provision_other(
+    program: TpmProgram,
+    uri: str,
+    options: ProvisionOptions,
+    signer: CertificateSigner | None,
+    key: str,
+    *,
+    log: Log,
+) -> ProvisionReport:
+    """Another program's TPM. Raises OperatorError; there is no state then, or the one that was to be reconfigured."""
+    keeps = options.existing is Existing.RECONFIGURE
+    if not keeps:
+        remove_state(uri)
+    source, _, number = key.partition(",")[0].partition("=")
+    descriptors = (int(number),) if source in ("fd", "pwdfd") else ()
+    started = ProgramOptions(uri, key, options.profile or "", descriptors)
+    try:
+        with running(program, started, log) as (execute, description), Tpm.of_engine(execute) as tpm:
+            return provision_tpm(tpm, options, signer, description)
+    except OperatorError:
+        if not keeps:
+            remove_state(uri)
+        raise
 
 
 def remove_state(uri: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Final
 
 from crbd.cli.swtpm_key import read_swtpm_key
@@ -10,16 +11,14 @@ from crbd.compat.localca_configuration import Configuration
 from crbd.compat.setup_log import Log
 from crbd.compat.setup_options import SetupOptions
 from crbd.compat.setup_plan import key_specification, provision_options, signer
-from crbd.compat.setup_program import ProgramOptions, remove_state, running
 from crbd.compat.setup_tpm import Place, TpmProgram, own_abilities
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import OperatorError, StateAbsentError, StateError
+from crbd.errors import StateAbsentError, StateError
 from crbd.provision.options import Existing, ProvisionOptions
-from crbd.provision.provisioning import provision, provision_tpm
+from crbd.provision.provisioning import provision
 from crbd.provision.report import ProvisionReport
 from crbd.provision.signing import CertificateSigner
-from crbd.provision.tpm import Tpm
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
@@ -51,7 +50,9 @@ def provision_place(
         signs = signer(options, configuration, log)
         if program is None:
             return _provision_own(place, wanted, signs, key)
-        return _provision_other(program, place.uri, wanted, signs, key, log=log)
+        # Its control channel's messages are not needed otherwise.
+        drive: Callable[..., ProvisionReport] = import_module("crbd.compat.setup_program").provision_other
+        return drive(program, place.uri, wanted, signs, key, log=log)
 
     return work
 
@@ -85,31 +86,6 @@ def _provision_own(
         return provision(store, options, signer, _engine, directory=place.directory)
     finally:
         store.close()
-
-
-def _provision_other(
-    program: TpmProgram,
-    uri: str,
-    options: ProvisionOptions,
-    signer: CertificateSigner | None,
-    key: str,
-    *,
-    log: Log,
-) -> ProvisionReport:
-    """Another program's TPM. Raises OperatorError; there is no state then, or the one that was to be reconfigured."""
-    keeps = options.existing is Existing.RECONFIGURE
-    if not keeps:
-        remove_state(uri)
-    source, _, number = key.partition(",")[0].partition("=")
-    descriptors = (int(number),) if source in ("fd", "pwdfd") else ()
-    started = ProgramOptions(uri, key, options.profile or "", descriptors)
-    try:
-        with running(program, started, log) as (execute, description), Tpm.of_engine(execute) as tpm:
-            return provision_tpm(tpm, options, signer, description)
-    except OperatorError:
-        if not keeps:
-            remove_state(uri)
-        raise
 
 
 class _Overwritten(MemoryStore):
