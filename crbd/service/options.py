@@ -28,6 +28,16 @@ class Startup(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointPolicy:
+    """When volatile state is stored without anybody's asking: never, unless one of the two is set."""
+
+    every_command: bool = False
+    """With every command that may have changed it, before the answer leaves."""
+    when_idle: float | None = None
+    """When the TPM has been left as it is for so many seconds, up to twice as many."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceOptions:
     """The behaviour of one instance."""
 
@@ -55,3 +65,5 @@ class InstanceOptions:
     lock_retries: int = 300
     """How often, 10 ms apart, a lock that another process holds is tried again where no client says how often (swtpm's
     figure)."""
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    """For a store whose `keeps_checkpoints` is true."""

@@ -75,6 +75,10 @@ class DirectoryStore:
         return self._locked
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        return False
+
+    @property
     def written(self) -> int | None:
         return modified(self._file(StateKind.PERMANENT))
 

@@ -107,6 +107,10 @@ class DocumentStore:
         return self._lock is not None
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        return True
+
+    @property
     def written(self) -> int | None:
         return None if self._document is None else self._document.written
 
@@ -231,6 +235,9 @@ class DocumentStore:
     def overtake(self, generation: int) -> int | None:
         self._overtaken = max(self._overtaken, generation)
         return None if self._document is None else self._document.identity.generation
+
+    def swap_backup(self) -> bool:
+        return False
 
     def close(self) -> None:
         self.release()

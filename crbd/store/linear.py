@@ -166,6 +166,10 @@ class LinearStore:
         return self._file is not None
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        return False
+
+    @property
     def written(self) -> int | None:
         return modified(self._path)
 
@@ -255,6 +259,9 @@ class LinearStore:
 
     def overtake(self, generation: int) -> int | None:
         return None
+
+    def swap_backup(self) -> bool:
+        return False
 
     def close(self) -> None:
         self.release()

@@ -31,6 +31,10 @@ class MemoryStore:
         return self._locked
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        return True
+
+    @property
     def written(self) -> int | None:
         return None
 
@@ -70,6 +74,9 @@ class MemoryStore:
 
     def overtake(self, generation: int) -> int | None:
         return None
+
+    def swap_backup(self) -> bool:
+        return False
 
     def close(self) -> None:
         """Nothing to release."""

@@ -42,6 +42,14 @@ class Store(Protocol):
         """Whether this process is the only user and `commit` may be called."""
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether volatile state that no client asked to be stored may lie there.
+
+        Not in swtpm's layouts: swtpm would go on from it at any INIT. And here all that one commit changes is changed
+        in one moment.
+        """
+
+    @property
     def written(self) -> int | None:
         """When what is there was written, in seconds since 1970; None where nobody knows."""
 
@@ -100,6 +108,12 @@ class Store(Protocol):
 
     def overtake(self, generation: int) -> int | None:
         """From now on commits have generations above this one too; returns the present one, None if there are none."""
+
+    def swap_backup(self) -> bool:
+        """Exchange the permanent state and its backup; False where none is kept, or there is none.
+
+        For state that the engine rejects: a second call takes it back. Raises StateAccessError.
+        """
 
     def close(self) -> None:
         """Release the lock and everything else. Closing twice is no error."""
