@@ -85,6 +85,15 @@ def running(
             process.kill()
 
 
+@contextmanager
+def killed(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterator[None]:
+    """At the end of the block, if it still runs: a test that fails must not wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> int:
     """Send the signal; the exit status."""
     process.send_signal(number)

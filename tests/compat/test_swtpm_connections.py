@@ -69,9 +69,10 @@ def test_a_client_that_waits_for_the_channel_ends_nothing(tmp_path: Path) -> Non
     with running(tmp_path, "--ctrl", f"type=unixio,path={ctrl},terminate") as process, connected(ctrl) as client:
         client.sendall(GET_CAPABILITY)
         assert len(receive(client, 8)) == 8
-        for _ in range(5):
-            with connected(ctrl):
-                pass
+        for _ in range(3):
+            with connected(ctrl) as waiting:
+                waiting.shutdown(socket.SHUT_WR)
+                assert is_at_end(waiting)
         client.sendall(GET_CAPABILITY)
         assert len(receive(client, 8)) == 8
         assert process.poll() is None

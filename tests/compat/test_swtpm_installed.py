@@ -16,7 +16,7 @@ import pytest
 from crbd.cli.compat_path import find_directory
 from crbd.compat.launch import COMMANDS
 
-from .swtpm_processes import CHECKOUT, DONE, INIT, LAUNCHERS, PATIENCE, ask, has_pid, wait_until
+from .swtpm_processes import CHECKOUT, DONE, INIT, LAUNCHERS, PATIENCE, ask, has_pid, killed, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -71,14 +71,17 @@ def test_the_daemon_is_the_process_that_was_started(prefix: Path, tmp_path: Path
     ctrl, pid_file = tmp_path / "ctrl", tmp_path / "pid"
     environment = os.environ | {"PATH": f"{prefix / 'libexec/crbd'}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
-    with subprocess.Popen(
-        [
-            *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}"),
-            *("--pid", f"file={pid_file}", "--ctrl", f"type=unixio,path={ctrl}"),
-        ],
-        env=environment,
-        cwd="/",
-    ) as process:
+    with (
+        subprocess.Popen(
+            [
+                *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}"),
+                *("--pid", f"file={pid_file}", "--ctrl", f"type=unixio,path={ctrl}"),
+            ],
+            env=environment,
+            cwd="/",
+        ) as process,
+        killed(process),
+    ):
         wait_until(lambda: has_pid(pid_file) or process.poll() is not None, "the pid file")
         assert pid_file.read_bytes() == str(process.pid).encode()
         assert ask(ctrl, INIT) == DONE

@@ -21,6 +21,7 @@ from .swtpm_processes import (
     connected,
     end,
     has_pid,
+    killed,
     mode_of,
     receive,
     running,
@@ -116,19 +117,22 @@ def test_a_key_in_a_pipe(tmp_path: Path) -> None:
 
 def test_the_launcher_becomes_the_daemon(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    with subprocess.Popen(
-        [
-            str(LAUNCHERS / "swtpm"),
-            "socket",
-            "--tpm2",
-            "--tpmstate",
-            f"dir={tmp_path / 'state'}",
-            "--pid",
-            f"file={tmp_path / 'pid'}",
-            "--ctrl",
-            f"type=unixio,path={tmp_path / 'ctrl'}",
-        ],
-    ) as process:
+    with (
+        subprocess.Popen(
+            [
+                str(LAUNCHERS / "swtpm"),
+                "socket",
+                "--tpm2",
+                "--tpmstate",
+                f"dir={tmp_path / 'state'}",
+                "--pid",
+                f"file={tmp_path / 'pid'}",
+                "--ctrl",
+                f"type=unixio,path={tmp_path / 'ctrl'}",
+            ],
+        ) as process,
+        killed(process),
+    ):
         wait_until(lambda: has_pid(tmp_path / "pid"), "the pid file")
         assert (tmp_path / "pid").read_bytes() == str(process.pid).encode()
         process.terminate()

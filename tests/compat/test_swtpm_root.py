@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from crbd.errors import EndpointError
+from crbd.server.endpoint import UnixEndpoint, opened
 
 from .swtpm_processes import (
     DONE,
@@ -22,6 +27,7 @@ from .swtpm_processes import (
     connected,
     has_pid,
     is_at_end,
+    killed,
     run_command,
     swtpm,
     wait_until,
@@ -46,16 +52,19 @@ def test_chroot_and_runas(tmp_path: Path) -> None:
     secret = tmp_path / "key"
     secret.write_text("a passphrase")
     number = os.open(secret, os.O_RDONLY)
-    with subprocess.Popen(
-        [
-            *(*SWTPM, "socket", "--tpm2", "--chroot", str(root), "--runas", str(UID), "--tpmstate", "dir=/state"),
-            *("--ctrl", "type=unixio,path=/ctrl", "--server", "type=unixio,path=/data", "--pid", "file=/pid"),
-            *("--log", "file=/log,level=5", "--key", f"pwdfd={number}", "--flags", "startup-clear"),
-        ],
-        pass_fds=[number],
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        subprocess.Popen(
+            [
+                *(*SWTPM, "socket", "--tpm2", "--chroot", str(root), "--runas", str(UID), "--tpmstate", "dir=/state"),
+                *("--ctrl", "type=unixio,path=/ctrl", "--server", "type=unixio,path=/data", "--pid", "file=/pid"),
+                *("--log", "file=/log,level=5", "--key", f"pwdfd={number}", "--flags", "startup-clear"),
+            ],
+            pass_fds=[number],
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        killed(process),
+    ):
         os.close(number)
         wait_until(lambda: has_pid(root / "pid") or process.poll() is not None, "the pid file")
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -78,9 +87,12 @@ def test_a_user_by_name_has_its_groups(tmp_path: Path) -> None:
     root.mkdir()
     root.chmod(0o777)
     arguments = ("--tpmstate", "dir=/", "--ctrl", "type=unixio,path=/ctrl", "--pid", "file=/pid")
-    with subprocess.Popen(
-        [*SWTPM, "socket", "--tpm2", "--chroot", str(root), "--runas", "nobody", *arguments]
-    ) as process:
+    with (
+        subprocess.Popen(
+            [*SWTPM, "socket", "--tpm2", "--chroot", str(root), "--runas", "nobody", *arguments]
+        ) as process,
+        killed(process),
+    ):
         wait_until(lambda: has_pid(root / "pid"), "the pid file")
         user = pwd.getpwnam("nobody")
         assert _status(process.pid, "Uid") == [str(user.pw_uid)] * 4
@@ -142,3 +154,20 @@ def test_the_service_manager_is_told_by_an_abstract_name(tmp_path: Path) -> None
         assert manager.recv(100) == b"READY=1"
     assert ask(tmp_path / "ctrl", SHUTDOWN) == DONE
     wait_until(lambda: not (tmp_path / "pid").exists(), "the end")
+
+
+@as_root
+def test_a_socket_that_cannot_be_given_away_does_not_stay() -> None:
+    place = Path(tempfile.mkdtemp(prefix="crbd-owner-"))
+    try:
+        os.chown(place, UID, UID)
+        os.seteuid(UID)
+        try:
+            endpoint = UnixEndpoint(place / "ctrl", uid=0)
+            with pytest.raises(EndpointError, match="Operation not permitted"), opened(endpoint, "--ctrl"):
+                pass
+            assert not list(place.iterdir())
+        finally:
+            os.seteuid(0)
+    finally:
+        shutil.rmtree(place)

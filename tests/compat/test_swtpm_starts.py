@@ -21,6 +21,7 @@ from .swtpm_processes import (
     end,
     free_port,
     has_pid,
+    killed,
     mode_of,
     run_command,
     running,
@@ -80,20 +81,23 @@ def test_the_pid_file_as_a_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "pid-by-descriptor"
     number = os.open(path, os.O_WRONLY | os.O_CREAT)
     ctrl = tmp_path / "ctrl"
-    with subprocess.Popen(
-        [
-            *SWTPM,
-            "socket",
-            "--tpm2",
-            "--tpmstate",
-            f"dir={tmp_path}",
-            "--pid",
-            f"fd={number}",
-            "--ctrl",
-            f"type=unixio,path={ctrl}",
-        ],
-        pass_fds=[number],
-    ) as process:
+    with (
+        subprocess.Popen(
+            [
+                *SWTPM,
+                "socket",
+                "--tpm2",
+                "--tpmstate",
+                f"dir={tmp_path}",
+                "--pid",
+                f"fd={number}",
+                "--ctrl",
+                f"type=unixio,path={ctrl}",
+            ],
+            pass_fds=[number],
+        ) as process,
+        killed(process),
+    ):
         os.close(number)
         wait_until(lambda: has_pid(path), "the pid")
         assert path.read_bytes() == str(process.pid).encode()
