@@ -67,14 +67,19 @@ class TpmDaemon:
         return self.log.read_text(errors="replace")[-1000:]
 
 
-def _command(kind: DaemonKind, state: Path, control: Path, data: Path | None, create: bool) -> list[str]:
+CRBD = (sys.executable, "-m", "crbd")
+
+
+def _command(
+    kind: DaemonKind, state: Path, control: Path, data: Path | None, *, create: bool, program: Sequence[str]
+) -> list[str]:
     if kind is DaemonKind.SWTPM:
         # swtpm cannot be told not to make a new TPM, so `create` has no counterpart.
         command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={control}"]
         if data is not None:
             command += ["--server", f"type=unixio,path={data}", "--flags", "not-need-init,startup-clear"]
         return command
-    command = [sys.executable, "-m", "crbd", "serve", "--state", str(state), "--ctrl", f"unix:{control}"]
+    command = [*program, "serve", "--state", str(state), "--ctrl", f"unix:{control}"]
     if create:
         command.append("--create")
     if data is not None:
@@ -112,19 +117,22 @@ def tpm_daemon(
     kind: DaemonKind | None = None,
     state: Path | None = None,
     options: Sequence[str] = (),
+    program: Sequence[str] = CRBD,
 ) -> Iterator[TpmDaemon]:
     """A daemon whose state and sockets live in `directory`, in foreground, killed at the end if it still runs.
 
     For QEMU it has a control socket alone, `DIRECTORY/tpm.ctrl`. With `tools` it is powered on and also has the data
     socket `DIRECTORY/tpm`: that pair of names is what libtss2-tcti-swtpm derives from `path=DIRECTORY/tpm`. Without
     `create` the state must exist already. `kind`: another one than the chosen; `state`: another directory for it;
-    `options` come last on the command line.
+    `options` come last on the command line; `program` is what crbd is started by.
     """
     state = state or directory / "state"
     state.mkdir(exist_ok=True)
     control = directory / "tpm.ctrl"
     data = directory / "tpm" if tools else None
-    command = dies_with_us([*_command(kind or DaemonKind.chosen(), state, control, data, create), *options])
+    command = dies_with_us(
+        [*_command(kind or DaemonKind.chosen(), state, control, data, create=create, program=program), *options]
+    )
     log = directory / "daemon.log"
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
