@@ -33,6 +33,7 @@ from .swtpm_processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do that")
 UID = 54321
 
