@@ -18,7 +18,7 @@ from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
-from crbd.server.endpoint import parse_endpoint
+from crbd.server.endpoint import Endpoint, parse_endpoint
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.keys import UserKey
@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sockets = parser.add_argument_group("sockets (at least one): unix:PATH[,mode=0660], tcp:HOST:PORT or fd:NUMBER")
     sockets.add_argument("--ctrl", metavar="ENDPOINT", help="control channel: what QEMU's -chardev socket connects to")
     sockets.add_argument("--data", metavar="ENDPOINT", help="data channel: TPM commands")
+    sockets.add_argument(
+        "--registers",
+        metavar="vfio-user:PATH[,mode=0660]",
+        help="CRB registers as a PCI device: what QEMU's -device vfio-user-pci connects to",
+    )
     parser.add_argument("--flags", metavar="LIST", default="", help="comma-separated: " + ", ".join(FLAGS))
     parser.add_argument(
         "--locality", metavar="LIST", default="", help="comma-separated: " + ", ".join(LOCALITY_SETTINGS)
@@ -167,16 +172,25 @@ def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inher
 def _daemon_options(
     arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None
 ) -> DaemonOptions:
-    if arguments.ctrl is None and arguments.data is None:
-        raise UsageError("there is no socket to serve", "give --ctrl, --data or both")
+    if arguments.ctrl is None and arguments.data is None and arguments.registers is None:
+        raise UsageError("there is no socket to serve", "give --ctrl, --data or both, or --registers")
     return DaemonOptions(
         ctrl=None if arguments.ctrl is None else parse_endpoint(arguments.ctrl, "--ctrl"),
         data=None if arguments.data is None else parse_endpoint(arguments.data, "--data"),
+        registers=None if arguments.registers is None else _parse_registers(arguments.registers),
         instance=_instance_options(arguments, swtpm_key, inherited),
         pid_file=arguments.pid,
         # A terminal that is closed hangs up on what was started from it; that one is not to live on without it.
         upgrade_at_hangup=not sys.stderr.isatty(),
     )
+
+
+def _parse_registers(text: str) -> Endpoint:
+    """Parse the value of --registers. Raises UsageError."""
+    protocol, _, where = text.partition(":")
+    if protocol != "vfio-user" or not where:
+        raise UsageError(f"--registers {text!r} is no register endpoint", "use vfio-user:PATH[,mode=0660]")
+    return parse_endpoint(f"unix:{where}", "--registers")
 
 
 def _instance_options(
@@ -192,13 +206,17 @@ def _instance_options(
         startup = Startup.CLEAR
     elif "startup-state" in flags:
         startup = Startup.STATE
-    elif flags & {"not-need-init", "startup-none"}:
+    elif flags & {"not-need-init", "startup-none"} or (arguments.registers is not None and arguments.ctrl is None):
+        # Over vfio-user nobody says INIT: a guest finds the TPM switched on.
         startup = Startup.POWER_ON
     migration, migration_key = _migration(arguments), arguments.migration_key
     if "incoming" in migration and startup is not Startup.NEED_INIT:
         raise UsageError("--migration incoming waits for INIT, --flags powers on at once", "give one of them")
+    if migration and arguments.registers is not None:
+        raise UsageError("--migration is for --ctrl: no VMM migrates a device of --registers", "leave one out")
     return InstanceOptions(
         startup=startup,
+        serves_registers=arguments.registers is not None,
         may_manufacture=arguments.create or arguments.ephemeral,
         auto_shutdown="disable-auto-shutdown" not in flags,
         reject_locality_4="reject-locality-4" in locality,

@@ -33,13 +33,17 @@ from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
 from crbd.server.frost import Links
 from crbd.server.pidfile import PidFile
+from crbd.server.register_buffer import RegisterBuffer
+from crbd.server.register_buffer import adopted as adopted_buffer
+from crbd.server.register_buffer import made as made_buffer
+from crbd.server.registers import RegisterChannel
 from crbd.server.succession import KEPT_SIGNALS, LOCK, Inheritance, Program, listen_to_kept_signals
 from crbd.service.control import ControlService
 from crbd.service.frozen import document_of, frozen_of
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
 from crbd.state.handover import NAME as HANDOVER
-from crbd.state.handover import ControlLink, DataLink, Handover, Link, Listener, descriptors_in
+from crbd.state.handover import ControlLink, DataLink, Handover, Link, Listener, RegistersLink, descriptors_in
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.port import Store
 
@@ -50,16 +54,21 @@ COMMAND_PATIENCE = 30.0
 """Seconds that an upgrade waits for a command under way before it asks the TPM to give it up."""
 CANCEL_INTERVAL = 0.1
 """Seconds between two such requests."""
-OPTION = {"ctrl": "--ctrl", "data": "--data"}
+OPTION = {"ctrl": "--ctrl", "data": "--data", "registers": "--registers"}
+BUFFER = "registers.buffer"
+"""The name of the descriptor of the served registers' data buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonOptions:
-    """Where the daemon is reached, and how long it lives. At least one of the two endpoints is given."""
+    """Where the daemon is reached, and how long it lives. At least one of the three endpoints is given; `registers`
+    exactly where the instance's options serve registers."""
 
     ctrl: Endpoint | None
     data: Endpoint | None
     instance: InstanceOptions
+    registers: Endpoint | None = None
+    """Where register clients connect: vfio-user."""
     pid_file: Path | int | None = None
     """A path, or the descriptor of an open file."""
     disconnect: bool = False
@@ -96,7 +105,9 @@ async def serve(
         pid_file = _pid_file(options, inherited)
         if pid_file is not None:
             cleanup.push(pid_file)
-        daemon = _Daemon(options, store, make_engine, program=program, pid_file=pid_file, cleanup=cleanup)
+        daemon = _Daemon(
+            options, store, make_engine, program=program, pid_file=pid_file, inherited=inherited, cleanup=cleanup
+        )
         if inherited is None:
             daemon.begin()
         else:
@@ -147,6 +158,7 @@ class _Daemon:
         *,
         program: Program | None,
         pid_file: PidFile | None,
+        inherited: Inheritance | None,
         cleanup: ExitStack,
     ) -> None:
         self._options = options
@@ -155,7 +167,9 @@ class _Daemon:
         self._cleanup = cleanup
         self._pid_file = pid_file
         cleanup.callback(store.close)
-        self._instance = Instance(make_engine, store, options.instance)
+        self._buffer = _buffer(options, inherited, cleanup)
+        shared = None if self._buffer is None else self._buffer.memory
+        self._instance = Instance(make_engine, store, options.instance, shared)
         cleanup.callback(self._instance.close)
         self._endpoints: dict[str, OpenEndpoint] = {}
         self._links: Links = []
@@ -165,6 +179,13 @@ class _Daemon:
         """For the client that asked for an upgrade."""
         self._freeze: Callable[[], None] | None = None
         self._upgrading = trio.Lock()
+
+    @property
+    def _given(self) -> tuple[tuple[str, Endpoint], ...]:
+        """The endpoints that the options have, by channel."""
+        options = self._options
+        channels = (("ctrl", options.ctrl), ("data", options.data), ("registers", options.registers))
+        return tuple((name, endpoint) for name, endpoint in channels if endpoint is not None)
 
     @property
     def where(self) -> str:
@@ -181,11 +202,10 @@ class _Daemon:
     def begin(self) -> None:
         """Everything up to the moment that clients are served. Raises OperatorError."""
         self._instance.check()
-        for name, endpoint in (("ctrl", self._options.ctrl), ("data", self._options.data)):
-            if endpoint is not None:
-                self._endpoints[name] = self._cleanup.enter_context(opened(endpoint, OPTION[name]))
-                if not self._endpoints[name].listening:
-                    self._links.append((_fresh(name), self._endpoints[name].socket))
+        for name, endpoint in self._given:
+            self._endpoints[name] = self._cleanup.enter_context(opened(endpoint, OPTION[name]))
+            if not self._endpoints[name].listening:
+                self._links.append((_fresh(name), self._endpoints[name].socket))
         try:
             self._instance.begin()
         except StoreError as error:
@@ -198,11 +218,11 @@ class _Daemon:
     def go_on(self, handover: Handover) -> None:
         """Everything that another process left to this one. Raises OperatorError."""
         try:
-            self._instance.thaw(frozen_of(handover), HANDOVER)
+            self._instance.thaw(frozen_of(handover), HANDOVER, live_buffer=BUFFER in handover.descriptors)
         except (EngineError, StoreError) as error:
             raise HandoverError(str(error), "go on with the release that wrote it") from error
-        for name, endpoint in (("ctrl", self._options.ctrl), ("data", self._options.data)):
-            if endpoint is not None and name in handover.listeners:
+        for name, endpoint in self._given:
+            if name in handover.listeners:
                 descriptor, identity = handover.descriptors[f"listener.{name}"], handover.listeners[name].identity
                 self._endpoints[name] = self._cleanup.enter_context(adopted(endpoint, descriptor, identity))
         for number, link in enumerate(handover.links):
@@ -243,12 +263,16 @@ class _Daemon:
                 gone=end if options.end_with_ctrl_client else None,
             )
 
+            registers = self._register_channel()
+
             def freeze() -> None:
                 control.frost.fall()
-                tasks.start_soon(self._freeze_data, data, controls_over)
+                tasks.start_soon(self._freeze_data, data, registers, controls_over)
 
             self._freeze = freeze
             await self._start_links(links, data, control, tasks)
+            if registers is not None:
+                await self._start_registers(links, registers, tasks)
             async with trio.open_nursery() as control_tasks:
                 await self._start_controls(links, control, control_tasks)
             controls_over.set()
@@ -264,6 +288,19 @@ class _Daemon:
         if (listener := self._endpoints.get("data")) is not None and listener.listening:
             nursery.start_soon(data.serve_listener, listener.socket)
 
+    def _register_channel(self) -> RegisterChannel | None:
+        served = self._instance.served
+        if self._buffer is None or served is None:
+            return None
+        return RegisterChannel(self._instance, served, self._buffer, self._links)
+
+    async def _start_registers(self, links: Links, registers: RegisterChannel, nursery: trio.Nursery) -> None:
+        for link, connected in links:
+            if isinstance(link, RegistersLink):
+                await nursery.start(registers.serve_connected, connected, link)
+        if (listener := self._endpoints.get("registers")) is not None and listener.listening:
+            nursery.start_soon(registers.serve_listener, listener.socket)
+
     async def _start_controls(self, links: Links, control: ControlChannel, nursery: trio.Nursery) -> None:
         controls = [(link, connected) for link, connected in links if isinstance(link, ControlLink)]
         # Whoever has the channel first: the others wait for it.
@@ -274,15 +311,23 @@ class _Daemon:
         if (listener := self._endpoints.get("ctrl")) is not None and listener.listening:
             nursery.start_soon(control.serve_listener, listener.socket)
 
-    async def _freeze_data(self, data: DataChannel, controls_over: trio.Event) -> None:
-        """When no request needs the TPM any more, stop the data clients; a command that computes too long gives up."""
+    async def _freeze_data(
+        self, data: DataChannel, registers: RegisterChannel | None, controls_over: trio.Event
+    ) -> None:
+        """When no request needs the TPM any more, stop the clients that run commands; one that computes too long gives
+        up. Register clients last: they have their answers until then."""
+        channels: list[DataChannel | RegisterChannel] = [data]
+        if registers is not None:
+            channels.append(registers)
         with trio.move_on_after(COMMAND_PATIENCE) as patience:
             await controls_over.wait()
-            data.freeze()
-            await data.stopped()
-        while patience.cancelled_caught and not data.idle:
+            for channel in channels:
+                channel.freeze()
+                await channel.stopped()
+        while patience.cancelled_caught and not all(channel.idle for channel in channels):
             self._instance.cancel()
-            data.freeze()
+            for channel in channels:
+                channel.freeze()
             await trio.sleep(CANCEL_INTERVAL)
 
     # -- the upgrade
@@ -325,6 +370,8 @@ class _Daemon:
         descriptors |= descriptors_in(links)
         if estate.lock is not None:
             descriptors[LOCK] = estate.lock
+        if self._buffer is not None:
+            descriptors[BUFFER] = self._buffer.descriptor
         options = self._options.instance
         keys = {"seal": estate.data_key, "file": _bytes(options.file_key), "migration": _bytes(options.migration_key)}
         return Handover(
@@ -348,7 +395,17 @@ class _Daemon:
 
 
 def _fresh(channel: str) -> Link:
-    return ControlLink() if channel == "ctrl" else DataLink()
+    links: dict[str, Link] = {"ctrl": ControlLink(), "data": DataLink(), "registers": RegistersLink()}
+    return links[channel]
+
+
+def _buffer(options: DaemonOptions, inherited: Inheritance | None, cleanup: ExitStack) -> RegisterBuffer | None:
+    """The data buffer of the registers, where there are any to serve. Raises OperatorError."""
+    if options.registers is None:
+        return None
+    if inherited is not None and BUFFER in inherited.handover.descriptors:
+        return cleanup.enter_context(adopted_buffer(inherited.handover.descriptors[BUFFER]))
+    return cleanup.enter_context(made_buffer())
 
 
 def _bytes(key: SwtpmKey | None) -> bytes:

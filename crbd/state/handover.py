@@ -20,19 +20,22 @@ The body is the document's list of sections (crbd.state.sections), numbers littl
     pid-file     its path
     listener.*   a listening socket: u8 flags: 1 to be removed at the end; u64 device, u64 inode of its path
     link.N       one client, N from 0
-        u8 role: 1 control, 2 data
-        u8 flags: 1 has its turn, 2 what was received may be padding, 4 is owed the answer to UPGRADE
+        u8 role: 1 control, 2 data, 3 registers
+        u8 flags: 1 has its turn, 2 what was received may be padding, 4 is owed the answer to UPGRADE; of role 3:
+            8 has said its version, 16 takes descriptors, 32 may send several writes in one message, 64 the data
+            buffer's descriptor goes along with what was not sent yet
         u32 length, bytes received and not dealt with; u32 length, bytes not sent yet
         u16 count of descriptors that came along: for each u32, how many of the received bytes had come with it
         u16 count of requests not carried out: for each u8 kind
             1: u8 whether a descriptor belongs to it, u32 length, the request as it came
             2: u32 TPM_RESULT, u8 close, u16 length, reason (UTF-8)
+        of role 3: 256 bytes, PCI configuration space
 
 Descriptors go beside it, by name: `listener.*` and `link.N` themselves, `link.N.with.K` for what came along,
-`link.N.request.K` for requests', `store.*` for the store's. The handover lives in memory that only the two processes
-see, never in a file, and is not kept: so it holds keys in clear. A successor of another release reads what an older one
-wrote; a section that it does not know and must not skip, or a newer version of one, makes it refuse before anything is
-touched, and the predecessor goes on.
+`link.N.request.K` for requests', `store.*` for the store's, `registers.buffer` for the memory of the data buffer. The
+handover lives in memory that only the two processes see, never in a file, and is not kept: so it holds keys in clear. A
+successor of another release reads what an older one wrote; a section that it does not know and must not skip, or a
+newer version of one, makes it refuse before anything is touched, and the predecessor goes on.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ from crbd.state.kinds import StateKind
 from crbd.state.saved import Session, decode_session, encode_session
 from crbd.state.sections import Section, Sections, decode_body, encode_body
 from crbd.tpm.results import TpmResult
+from crbd.vfiouser.capabilities import Capabilities
+from crbd.vfiouser.configuration import SIZE as CONFIGURATION_SIZE
+from crbd.vfiouser.configuration import is_possible
+from crbd.vfiouser.connection import Snapshot
 
 MAGIC: Final = b"\x8aCRBDlive"
 VERSION: Final = 1
@@ -68,10 +75,17 @@ _INSTANCE = Struct("<BB")
 _FLAGS = {1: "powered", 2: "may_manufacture", 4: "client_sized", 8: "untouched"}
 _OWNED = 1
 _TURN, _PADDING, _OWED = 1, 2, 4
+_AGREED, _TAKES_DESCRIPTORS, _WRITE_MULTIPLE, _WITH_BUFFER = 8, 16, 32, 64
 _REQUEST, _REJECTED = 1, 2
 SECRETS: Final = ("seal", "file", "migration")
 CONTROL: Final = 1
 DATA: Final = 2
+REGISTERS: Final = 3
+_FLAGS_OF = {
+    CONTROL: _TURN | _PADDING | _OWED,
+    DATA: 0,
+    REGISTERS: _AGREED | _TAKES_DESCRIPTORS | _WRITE_MULTIPLE | _WITH_BUFFER,
+}
 _BIT = {kind: 1 << index for index, kind in enumerate(StateKind)}
 _KINDS = {kind.name.lower(): kind for kind in StateKind}
 
@@ -118,7 +132,17 @@ class DataLink:
     unsent: bytes = b""
 
 
-Link = ControlLink | DataLink
+@dataclass(frozen=True, slots=True)
+class RegistersLink:
+    """A register client."""
+
+    connection: Snapshot = field(default_factory=Snapshot)
+    unsent: bytes = b""
+    with_buffer: bool = False
+    """The data buffer's descriptor goes along with the first byte of `unsent`."""
+
+
+Link = ControlLink | DataLink | RegistersLink
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +162,7 @@ class Handover:
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     pid_file: str = ""
     listeners: Mapping[str, Listener] = field(default_factory=dict)
-    """By channel: "ctrl", "data"."""
+    """By channel: "ctrl", "data", "registers"."""
     links: tuple[Link, ...] = ()
     descriptors: Mapping[str, int] = field(default_factory=dict)
 
@@ -193,6 +217,8 @@ def _encode_instance(facts: InstanceFacts) -> bytes:
 def _encode_link(link: Link) -> bytes:
     if isinstance(link, DataLink):
         return bytes((DATA, 0)) + _counted(link.received) + _counted(link.unsent) + bytes(4)
+    if isinstance(link, RegistersLink):
+        return _encode_registers_link(link)
     connection = link.connection
     flags = (_TURN if link.has_turn else 0) | (_PADDING if connection.may_be_padding else 0)
     flags |= _OWED if link.owed else 0
@@ -202,6 +228,17 @@ def _encode_link(link: Link) -> bytes:
     parts.append(len(connection.events).to_bytes(2, "little"))
     parts += (_encode_event(event) for event in connection.events)
     return b"".join(parts)
+
+
+def _encode_registers_link(link: RegistersLink) -> bytes:
+    agreed = link.connection.agreed
+    flags = _WITH_BUFFER if link.with_buffer else 0
+    if agreed is not None:
+        flags |= _AGREED | (_TAKES_DESCRIPTORS if agreed.takes_descriptors else 0)
+        flags |= _WRITE_MULTIPLE if agreed.write_multiple else 0
+    head = bytes((REGISTERS, flags))
+    received = _counted(link.connection.received)
+    return head + received + _counted(link.unsent) + bytes(4) + link.connection.configuration
 
 
 def _encode_event(event: Event) -> bytes:
@@ -294,7 +331,7 @@ def _is_ours(family: str, rest: str) -> bool:
         case "changed" | "held":
             return rest in _KINDS
         case "listener":
-            return rest in ("ctrl", "data")
+            return rest in ("ctrl", "data", "registers")
         case _:
             return family == "link" and rest.isdecimal()
 
@@ -331,9 +368,9 @@ def _decode_listener(body: bytes, name: str) -> Listener:
 def _decode_link(body: bytes, name: str, descriptors: Mapping[str, int]) -> Link:
     reader = FieldReader(body, NAME, f"section {name}")
     role, flags = reader.u8("role"), reader.u8("flags")
-    if role not in (CONTROL, DATA):
+    if role not in _FLAGS_OF:
         raise reader.wrong("role", f"is {role}")
-    if flags & ~(_TURN | _PADDING | _OWED):
+    if flags & ~_FLAGS_OF[role]:
         raise reader.wrong("flags", f"are {flags:#x}")
     received = reader.take("received", reader.u32("received length"))
     unsent = reader.take("unsent", reader.u32("unsent length"))
@@ -344,9 +381,16 @@ def _decode_link(body: bytes, name: str, descriptors: Mapping[str, int]) -> Link
     events = tuple(
         _decode_event(reader, f"{name}.request.{index}", descriptors) for index in range(reader.u16("requests"))
     )
+    space = reader.take("configuration", CONFIGURATION_SIZE) if role == REGISTERS else b""
     reader.end()
     if role == DATA:
         return DataLink(received, unsent)
+    if role == REGISTERS:
+        if not is_possible(space):
+            raise reader.wrong("configuration", "is not that of this device")
+        agreed = Capabilities(bool(flags & _TAKES_DESCRIPTORS), bool(flags & _WRITE_MULTIPLE))
+        snapshot = Snapshot(received, agreed if flags & _AGREED else None, space)
+        return RegistersLink(snapshot, unsent, bool(flags & _WITH_BUFFER))
     connection = ConnectionSnapshot(received, bool(flags & _PADDING), waiting, events)
     return ControlLink(connection, unsent, bool(flags & _TURN), bool(flags & _OWED))
 

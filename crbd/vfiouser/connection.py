@@ -79,6 +79,11 @@ class Connection:
         self._mappable = mappable
         self._closed = False
 
+    @property
+    def base(self) -> int:
+        """The guest-physical address of BAR 0, 0 where it is not set."""
+        return self._configuration.base
+
     def freeze(self) -> Snapshot:
         """Where another connection goes on."""
         space = self._configuration.read(0, len(INITIAL))

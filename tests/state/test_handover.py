@@ -18,6 +18,7 @@ from crbd.state.handover import (
     Handover,
     InstanceFacts,
     Listener,
+    RegistersLink,
     decode,
     descriptors_in,
     encode,
@@ -26,7 +27,12 @@ from crbd.state.kinds import StateKind
 from crbd.state.saved import Session
 from crbd.state.sections import Section, decode_body, encode_body
 from crbd.tpm.results import TpmResult
+from crbd.vfiouser.capabilities import Capabilities
+from crbd.vfiouser.configuration import INITIAL
+from crbd.vfiouser.connection import Snapshot
 
+SPACE = INITIAL[:0x10] + b"\0\x20\xff\xfe" + INITIAL[0x14:]
+"""PCI configuration space with BAR 0 at 0xfeff2000."""
 HEAD = 11
 DIGEST = 32
 FULL = Handover(
@@ -46,7 +52,7 @@ FULL = Handover(
     held={StateKind.PERMANENT: b"old"},
     secrets={"seal": bytes(range(32)), "file": b"f" * 16, "migration": b"m" * 32},
     pid_file="/run/crbd.pid",
-    listeners={"ctrl": Listener((66, 123456)), "data": Listener()},
+    listeners={"ctrl": Listener((66, 123456)), "data": Listener(), "registers": Listener((66, 7))},
     links=(
         ControlLink(
             ConnectionSnapshot(
@@ -64,6 +70,8 @@ FULL = Handover(
         ),
         ControlLink(ConnectionSnapshot(b"abc", may_be_padding=True)),
         DataLink(b"\x80\x01", b"unsent"),
+        RegistersLink(Snapshot(b"\1\0\x09", Capabilities(write_multiple=True), SPACE), b"unsent", with_buffer=True),
+        RegistersLink(),
     ),
 )
 NAMED = {"link.0.with.0": 17, "link.0.request.1": 18}
@@ -94,7 +102,7 @@ def test_a_descriptor_that_did_not_come_along(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "section", [Section("link.3", 2, b""), Section("registers", 1, b""), Section("listener.registers", 1, b"")]
+    "section", [Section("link.3", 2, b""), Section("registers", 1, b""), Section("listener.telnet", 1, b"")]
 )
 def test_what_a_later_release_added_is_refused_by_name(section: Section) -> None:
     with pytest.raises(StateNewerError, match=f"section {section.name} of version {section.version}"):
@@ -130,7 +138,7 @@ def test_a_changed_byte_is_seen(place: int, change: int) -> None:
         decode(bytes(data), NAMED)
 
 
-@given(st.sampled_from(["handover", "instance", "incoming", "listener.ctrl", "link.0", "link.2"]), st.data())
+@given(st.sampled_from(["handover", "instance", "incoming", "listener.ctrl", "link.0", "link.2", "link.3"]), st.data())
 def test_any_section_gives_a_handover_or_the_one_error(name: str, data: st.DataObject) -> None:
     """Behind a right digest everything may stand: a predecessor is trusted with nothing but the descriptors' names."""
     before = next(each for each in decode_body(encode(FULL)[HEAD:-DIGEST], "test") if each.name == name).data
