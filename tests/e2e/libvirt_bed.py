@@ -64,7 +64,7 @@ log_filters = "1:util.command 3:util 3:cpu 3:access 3:node_device 3:rpc 3:event 
 """
 _START = """
 setpriv --reuid=tss --regid=tss --clear-groups swtpm_setup --print-capabilities >/dev/null
-libvirtd --config /etc/libvirt/libvirtd.conf &
+libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid &
 wait $!
 """
 _DOMAIN = """
