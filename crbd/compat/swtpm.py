@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from crbd.compat.swtpm_endpoints import endpoints_of
-from crbd.compat.swtpm_grammar import GetoptError
+from crbd.compat.swtpm_grammar import GetoptError, Values
 from crbd.compat.swtpm_keys import read_key
 from crbd.compat.swtpm_log import DEFAULT_PREFIX, start_log
 from crbd.compat.swtpm_options import CommandLine, HelpWantedError, parse
@@ -31,8 +31,10 @@ from crbd.engine.port import Engine, StatePort
 from crbd.errors import EndpointError, EngineError, OperatorError, PidFileError, StoreError, UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.process import Background, become, change_root, find_user
+from crbd.server.succession import Inheritance, Program, inheritance, rehearse
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
+from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.systemd.notify import notify
 
 log = logging.getLogger(__name__)
@@ -129,8 +131,9 @@ class _Plan:
 
 
 def _run(line: CommandLine, reporter: _Reporter) -> int:
-    user = find_user(line.texts["--runas"]) if "--runas" in line.texts else None
-    background = Background() if line.daemon else None
+    program, inherited = _program(line), inheritance()
+    user = find_user(line.texts["--runas"]) if "--runas" in line.texts and inherited is None else None
+    background = Background() if line.daemon and inherited is None else None
     if "--chroot" in line.texts:
         # libtpms, and what it opens, is out of reach afterwards.
         spare_engine().close()
@@ -138,7 +141,7 @@ def _run(line: CommandLine, reporter: _Reporter) -> int:
     if user is not None:
         become(user)
     log_values = line.values("--log")
-    log_descriptor = start_log(log_values)
+    log_descriptor = start_log(log_values, anew=inherited is None)
     reporter.has_log = log_descriptor is not None
     if line.print_capabilities:
         print(capabilities_json())
@@ -153,26 +156,41 @@ def _run(line: CommandLine, reporter: _Reporter) -> int:
         endpoints_of(line, os.environ)
         print(_profiles(), end="")
         return 0
-    plan = _plan(line, log_descriptor, 0 if log_values is None else log_values.number("level") or 0)
+    level = 0 if log_values is None else log_values.number("level") or 0
+    plan = _plan(line, log_descriptor, level, inherited)
     try:
         if line.print_info:
             print(_info(plan, line.print_info))
+        elif inherited is not None and inherited.trial:
+            rehearse(inherited, plan.daemon.instance, plan.make_engine)
         else:
-            _serve(plan, background)
+            _serve(plan, background, program, inherited)
     finally:
         if plan.pcap is not None:
             plan.pcap.close()
     return 0
 
 
-def _plan(line: CommandLine, log_descriptor: int | None, log_level: int) -> _Plan:
+def _program(line: CommandLine) -> Program | None:
+    """What an upgrade executes: not from within another root directory, where it is not, nor in the midst of a pcap
+    file, which would begin anew.
+    """
+    return None if line.texts.keys() & {"--chroot", "--pcap"} else Program.of_this_process()
+
+
+def _key(values: Values | None, inherited: Inheritance | None, name: str) -> SwtpmKey | None:
+    """From the process before this one where there was one: a pipe or a removed file cannot be read again."""
+    if values is None:
+        return None
+    return read_key(values) if inherited is None else inherited.swtpm_key(name)
+
+
+def _plan(line: CommandLine, log_descriptor: int | None, log_level: int, inherited: Inheritance | None) -> _Plan:
     """Every option that is left, in swtpm's order. Raises UsageError."""
     endpoints = endpoints_of(line, os.environ)
-    key, migration_key = (
-        None if values is None else read_key(values)
-        for values in (line.values("--key"), line.values("--migration-key"))
-    )
-    pid_file = _pid_file(line)
+    key = _key(line.values("--key"), inherited, "file")
+    migration_key = _key(line.values("--migration-key"), inherited, "migration")
+    pid_file = _pid_file(line) if inherited is None else None
     locality = line.values("--locality")
     place = place_of(line.values("--tpmstate"), os.environ)
     _refuse_filter(line)
@@ -283,13 +301,14 @@ def _info(plan: _Plan, flags: int) -> str:
         instance.close()
 
 
-def _serve(plan: _Plan, background: Background | None) -> None:
+def _serve(plan: _Plan, background: Background | None, program: Program | None, inherited: Inheritance | None) -> None:
     if plan.daemon.ctrl is None and plan.daemon.data is None:
         raise UsageError("there is no socket to serve", "give --ctrl, --server or --port")
     if plan.place is None:
         raise UsageError("Error: nothing says where the TPM's state is", "give --tpmstate dir=DIR or set TPM_PATH")
     instance = plan.daemon.instance
-    store = open_place(plan.place, instance.file_key, lock=not instance.incoming)
+    lock = inherited is not None or not instance.incoming
+    store = open_place(plan.place, instance.file_key, lock=lock)
 
     def ready() -> None:
         if background is not None:
@@ -299,4 +318,5 @@ def _serve(plan: _Plan, background: Background | None) -> None:
         except OSError as error:
             log.warning("the service manager could not be told: %s", error.strerror)
 
-    trio.run(partial(serve, plan.daemon, store, plan.make_engine, ready=ready))
+    serving = partial(serve, program=program, inherited=inherited, ready=ready)
+    trio.run(partial(serving, plan.daemon, store, plan.make_engine))

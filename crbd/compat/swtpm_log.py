@@ -19,10 +19,10 @@ LOG_MODE = 0o600
 """Permission bits of a new log file, under umask."""
 
 
-def start_log(values: Values | None) -> int | None:
+def start_log(values: Values | None, *, anew: bool = True) -> int | None:
     """Send messages where the option says. Returns the descriptor of a log that is not stderr, or None.
 
-    Raises UsageError.
+    Without `anew` a file is gone on with, whatever the option says of it. Raises UsageError.
     """
     if values is None:
         _configure(logging.StreamHandler(sys.stderr), DEFAULT_PREFIX, logging.WARNING)
@@ -32,7 +32,7 @@ def start_log(values: Values | None) -> int | None:
     descriptor: int | None = None
     silent = path == "-"
     if path is not None and not silent:
-        descriptor = _open(path, truncate=values.flag("truncate"))
+        descriptor = _open(path, truncate=anew and values.flag("truncate"))
     elif path is None and number is not None:
         descriptor = _writable(number)
     if path is not None or number is not None:
