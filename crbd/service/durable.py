@@ -96,6 +96,14 @@ class DurableState:
         for kind, data in changes.items():
             self._want(kind, data)
 
+    def replace(self, states: Mapping[StateKind, bytes | None], side: SideState | None) -> None:
+        """Make durable, whatever is there, that the store holds these states. Raises StoreError."""
+        self._committed.clear()
+        self._store.commit(states, side)
+        self._committed.update(states)
+        self.pending.clear()
+        self.commits += 1
+
     def put_back(self, states: Mapping[StateKind, bytes | None], side: SideState | None) -> None:
         """Want that the store holds this and nothing else, whatever a commit that failed left there."""
         self.forget()

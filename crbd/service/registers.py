@@ -80,6 +80,20 @@ class Registers:
         with self.lock:
             self.device = CrbDevice.thaw(self.device.config, snapshot)
 
+    def after(self, response: bytes | None) -> CrbSnapshot:
+        """The registers as they will be when the command under way is answered; without a response, as they are."""
+        with self.lock:
+            snapshot = self.device.freeze()
+        if response is None:
+            return snapshot
+        following = CrbDevice.thaw(self.device.config, snapshot)
+        following.complete(response)
+        return following.freeze()
+
+    def check(self, snapshot: CrbSnapshot) -> None:
+        """Raises StateDamagedError where `thaw` would."""
+        CrbDevice.thaw(self.device.config, snapshot)
+
     def fail(self) -> None:
         """The command under way could not be carried out: tpmSts."""
         with self.lock:

@@ -215,8 +215,9 @@ class DocumentStore:
 
     def read_snapshot(self, data: bytes, name: str) -> Document:
         header = verify(data, name)
-        if self._document is not None:
-            check_identity(header, self._document.identity.uuid, name)
+        if self._document is None:
+            raise StateAbsentError(f"{self._path} holds no TPM yet", "make it of the document: crbd state import")
+        check_identity(header, self._document.identity.uuid, name)
         if self._seal is None and header.sealed:
             raise StateError(
                 f"{name} is encrypted, and the state that it would replace is not",
