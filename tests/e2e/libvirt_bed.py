@@ -139,7 +139,7 @@ class Libvirt:
     def virsh(self, *arguments: str) -> str:
         """What virsh prints of a command that must succeed."""
         done = self.attempt(*arguments)
-        assert done.returncode == 0, f"virsh {shlex.join(arguments)}: {done.stderr}\n{self._evidence()}"
+        assert done.returncode == 0, f"virsh {shlex.join(arguments)}: {done.stderr}\n{self._said()}"
         return done.stdout.strip()
 
     def refusal(self, *arguments: str) -> str:
@@ -148,16 +148,10 @@ class Libvirt:
         assert done.returncode != 0, f"virsh {shlex.join(arguments)}: {done.stdout}"
         return done.stderr.strip()
 
-    def commands(self, program: str) -> list[str]:
-        """The command lines with which libvirtd ran a program, with the values of the environment that it set."""
-        log = (self.root / "libvirtd.log").read_text(errors="replace")
-        lines = (line.partition("About to run ")[2] for line in log.splitlines())
-        return [line for line in lines if f"/{program} " in line]
-
-    def _evidence(self) -> str:
-        """The ends of all logs."""
-        logs = [self.root / "libvirtd.log", *self.root.glob("log*/**/*.log")]
-        return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists())
+    def _said(self) -> str:
+        """The ends of the logs that were written to last: libvirtd's, QEMU's, the TPM's."""
+        logs = sorted(self.root.glob("**/*.log"), key=lambda log: log.stat().st_mtime)[-3:]
+        return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
 
 class Domain:
@@ -304,7 +298,7 @@ def _furnish(root: Path, image: GuestImage) -> str:
     if Path("/dev/kvm").exists():
         (root / "kvm").touch(mode=0)
         mounts[root / "kvm"] = "/dev/kvm"
-    lines = ["set -e", "mount --make-rprivate /", *(f"mkdir -p {place}" for place in _PLACES.values())]
+    lines = ["set -e", "umask 022", "mount --make-rprivate /", *(f"mkdir -p {place}" for place in _PLACES.values())]
     lines += [f"mount --bind {source} {place}" for source, place in mounts.items()]
     return "\n".join([*lines, *_opening(root), _START])
 
