@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,14 +130,19 @@ async def serve(
 
 
 async def _heed(signals: AsyncIterator[int], daemon: _Daemon, scope: trio.CancelScope) -> None:
-    async for number in signals:
-        if number == signal.SIGHUP and daemon.upgrades_at_hangup:
-            in_the_way = await daemon.upgrade()
-            if in_the_way is not None:
-                log.error("the upgrade is not done, and the TPM goes on as before: %s", in_the_way)
-        else:
-            log.info("ending at %s", signal.Signals(number).name)
-            scope.cancel()
+    async with trio.open_nursery() as upgrades:
+        async for number in signals:
+            if number == signal.SIGHUP and daemon.upgrades_at_hangup:
+                upgrades.start_soon(_upgrade, daemon)
+            else:
+                log.info("ending at %s", signal.Signals(number).name)
+                scope.cancel()
+
+
+async def _upgrade(daemon: _Daemon) -> None:
+    in_the_way = await daemon.upgrade()
+    if in_the_way is not None:
+        log.error("the upgrade is not done, and the TPM goes on as before: %s", in_the_way)
 
 
 def _pid_file(options: DaemonOptions, inherited: Inheritance | None) -> PidFile | None:
@@ -319,15 +324,34 @@ class _Daemon:
         channels: list[DataChannel | RegisterChannel] = [data]
         if registers is not None:
             channels.append(registers)
-        with trio.move_on_after(COMMAND_PATIENCE) as patience:
+        async with self._patience():
             await controls_over.wait()
-            for channel in channels:
-                channel.freeze()
-                await channel.stopped()
-        while patience.cancelled_caught and not all(channel.idle for channel in channels):
+            data.freeze()
+            await data.stopped()
+
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        """What is waited for inside may wait for a TPM command: one that takes too long is cancelled.
+
+        Nothing may be raised inside: a nursery would wrap it.
+        """
+        scope = trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._lose_patience, scope)
+            try:
+                yield
+            finally:
+                scope.cancel()
+
+    async def _lose_patience(self, scope: trio.CancelScope) -> None:
+        with scope:
+            await self._cancel_commands()
+
+    async def _cancel_commands(self) -> None:
+        await trio.sleep(COMMAND_PATIENCE)
+        log.warning("a command takes more than %.0f s and is cancelled, for the upgrade", COMMAND_PATIENCE)
+        while True:
             self._instance.cancel()
-            for channel in channels:
-                channel.freeze()
             await trio.sleep(CANCEL_INTERVAL)
 
     # -- the upgrade
@@ -339,10 +363,10 @@ class _Daemon:
         if self._upgrading.locked():
             return "an upgrade is under way"
         async with self._upgrading:
-            try:
-                handover = await trio.to_thread.run_sync(self._handover)
-            except (StoreError, StateError, EngineError) as error:
-                return str(error)
+            async with self._patience():
+                handover = await trio.to_thread.run_sync(self._handover_or_reason)
+            if isinstance(handover, str):
+                return handover
             in_the_way = await self._program.try_out(handover)
             if in_the_way is None:
                 if self._freeze is None:
@@ -358,6 +382,12 @@ class _Daemon:
         except (OSError, StoreError, StateError, EngineError) as error:
             log.error("the upgrade is not done, and the TPM goes on as before: %s", error)
             self._answer = Outcome(done=False, text=str(error).encode())
+
+    def _handover_or_reason(self) -> Handover | str:
+        try:
+            return self._handover()
+        except (StoreError, StateError, EngineError) as error:
+            return str(error)
 
     def _handover(self) -> Handover:
         """All that a successor needs, with the clients that are frozen. Raises StoreError, StateError, EngineError."""

@@ -16,7 +16,7 @@ import trio
 
 from crbd.server.succession import Program
 from crbd.service.options import InstanceOptions, Startup
-from crbd.state.handover import ControlLink, DataLink, Handover, decode, encode
+from crbd.state.handover import ControlLink, DataLink, Handover, Link, decode, encode
 from tests.engine import commands as c
 
 from .daemons import PATIENCE, Client, Daemon, running
@@ -213,7 +213,7 @@ async def test_a_client_that_does_not_read_its_replies(tmp_path: Path) -> None:
             assert await client.receive(REGISTERS_SIZE) == reply
 
 
-def latest(program: NeverThere) -> tuple[ControlLink | DataLink, ...]:
+def latest(program: NeverThere) -> tuple[Link, ...]:
     return program.handovers[-1].links if program.handovers else ()
 
 
@@ -225,6 +225,30 @@ async def test_the_end_wins_over_frost(tmp_path: Path) -> None:
         assert await client.receive(4) == bytes(4)
         with trio.fail_after(PATIENCE):
             await daemon.ended.wait()
+
+
+async def test_a_command_that_takes_too_long_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crbd.server.daemon.COMMAND_PATIENCE", 0.05)
+    async with running(tmp_path, STARTED, program=NeverThere.new()) as daemon:
+        client = await daemon.data_client()
+        daemon.engine.gate.close()
+        await client.send(c.GET_RANDOM)
+        await trio.to_thread.run_sync(daemon.engine.gate.wait_held)
+        await freeze(daemon)
+        assert await client.receive(10) == bytes.fromhex("80010000000a00000909")
+        daemon.engine.gate.open()
+        assert len(await client.run(c.GET_RANDOM)) == 28
+
+
+async def test_not_in_the_middle_of_a_migration(tmp_path: Path) -> None:
+    options = InstanceOptions(startup=Startup.CLEAR, may_manufacture=True, release_lock_outgoing=True)
+    async with running(tmp_path, options, program=NeverThere.new()) as daemon:
+        client = await daemon.control()
+        await client.ask(bytes.fromhex("0000000c 00000000 00000003 00000000"), 16)
+        head = await client.ask(UPGRADE, 12)
+        assert head[:8] == bytes(8)
+        assert b"a migration is under way" in await client.receive(int.from_bytes(head[8:], "big"))
+        assert len(await client.ask(bytes.fromhex("00000001"), 8)) == 8
 
 
 async def test_no_program_no_upgrade(tmp_path: Path) -> None:
