@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .comparison import Seen, scenario
-from .subject import RUNS, Ended, Subject, first_line, run, running, start, status_text, told
+from .subject import RUNS, Ended, Subject, first_line, names, run, running, start, status_text, told
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -102,7 +102,7 @@ def refused_options(subject: Subject, place: Path, seen: Seen) -> None:
         ended = start(subject, place, "socket", "--tpm2", *base, *arguments)
         seen.note(text, told(ended, place))
         if ended.status != RUNS:
-            seen.note(f"{text}: files", ", ".join(sorted(path.name for path in (place / "state").iterdir())) or "none")
+            seen.note(f"{text}: files", names(place / "state"))
         for path in (place / "state").iterdir():
             path.unlink()
 
@@ -167,7 +167,7 @@ def print_states(subject: Subject, place: Path, seen: Seen) -> None:
 
     def note(name: str, ended: Ended) -> None:
         seen.note(name, f"{status_text(ended.status)}: {ended.out}")
-        seen.note(f"{name}: files", ", ".join(sorted(path.name for path in state.iterdir())) if state.exists() else "-")
+        seen.note(f"{name}: files", names(state) if state.exists() else "-")
 
     note("no directory", run(subject, "swtpm", *arguments))
     state.mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 from .commands import GET_RANDOM, READ_PCR_16, STARTUP_STATE
 from .comparison import Seen, scenario
 from .subject import (
+    REGISTERS,
     SILENCE,
     Channel,
     Daemon,
@@ -56,6 +57,9 @@ def files_and_modes(subject: Subject, place: Path, seen: Seen) -> None:
                 seen.note(f"{name}, umask {mask:03o}: the pid file", pid.replace(str(daemon.process.pid), "PID"))
                 seen.note(f"{name}, umask {mask:03o}: the end", daemon.end())
             seen.note(f"{name}, umask {mask:03o}: afterwards", modes(here))
+            registers = here / "state" / REGISTERS
+            kept = f"{registers.stat().st_mode & 0o7777:04o}" if registers.exists() else "-"
+            seen.note(f"{name}, umask {mask:03o}: {REGISTERS}", kept)
 
 
 @scenario

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .commands import EXTEND_PCR_16, READ_PCR_16, STARTUP_STATE
 from .comparison import Seen, scenario
-from .subject import Subject, first_line, running, start, told
+from .subject import Subject, first_line, names, running, start, told
 
 ON = ("--flags", "not-need-init,startup-clear")
 HEX_128 = "00112233445566778899aabbccddeeff"
@@ -172,7 +172,7 @@ def volatile_state(subject: Subject, place: Path, seen: Seen) -> None:
         with running(subject, place, *ON) as daemon, daemon.control() as control, daemon.data() as data:
             data.response(EXTEND_PCR_16)
             control.ask("0000000a", 4)
-            seen.note(f"{flags}: the store", sorted(path.name for path in state.iterdir()))
+            seen.note(f"{flags}: the store", names(state))
             daemon.process.kill()
             daemon.ended()
         for leftover in ("pid", "ctrl", "data"):
@@ -180,9 +180,9 @@ def volatile_state(subject: Subject, place: Path, seen: Seen) -> None:
         with running(subject, place) as daemon, daemon.control() as control, daemon.data() as data:
             seen.note(f"{flags}: INIT", control.ask(f"00000002 {flags}", 4))
             seen.note(f"{flags}: PCR 16 is as it was", data.response(READ_PCR_16)[-64:])
-            seen.note(f"{flags}: files after INIT", sorted(path.name for path in state.iterdir()))
+            seen.note(f"{flags}: files after INIT", names(state))
             daemon.end()
-        seen.note(f"{flags}: files at the end", sorted(path.name for path in state.iterdir()))
+        seen.note(f"{flags}: files at the end", names(state))
         for path in state.iterdir():
             path.unlink()
 
@@ -192,14 +192,14 @@ def another_life(subject: Subject, place: Path, seen: Seen) -> None:
     with running(subject, place, *ON) as daemon:
         with daemon.data() as data:
             data.response(EXTEND_PCR_16)
-            seen.note("files while it runs", sorted(path.name for path in (place / "state").iterdir()))
+            seen.note("files while it runs", names(place / "state"))
         daemon.end()
-    seen.note("files at the end", sorted(path.name for path in (place / "state").iterdir()))
+    seen.note("files at the end", names(place / "state"))
     with running(subject, place, "--flags", "not-need-init") as daemon, daemon.data() as data:
         seen.note("Startup(STATE)", data.response(STARTUP_STATE))
         seen.note("PCR_Read", data.response(READ_PCR_16))
         daemon.end()
-    seen.note("files after the second", sorted(path.name for path in (place / "state").iterdir()))
+    seen.note("files after the second", names(place / "state"))
     linear = place / "linear"
     linear.touch()
     with running(subject, place, *ON, "--tpmstate", f"backend-uri=file://{linear}") as daemon:
@@ -213,4 +213,4 @@ def another_life(subject: Subject, place: Path, seen: Seen) -> None:
         with daemon.data() as data:
             data.response(READ_PCR_16)
         daemon.end()
-    seen.note("dir://: files", sorted(path.name for path in uri.iterdir()))
+    seen.note("dir://: files", names(uri))
