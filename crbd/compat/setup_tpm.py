@@ -140,7 +140,7 @@ class Place:
             self.found = names[0] if names else ""
             return bool(names)
         self.found = str(self.path)
-        look: Callable[[str], bool] = import_module("crbd.compat.setup_work").linear_holds_state
+        look: Callable[[str], bool] = import_module("crbd.compat.setup_linear").linear_holds_state
         return look(self.uri)
 
 

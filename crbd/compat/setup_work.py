@@ -14,7 +14,6 @@ from crbd.compat.setup_plan import key_specification, provision_options, signer
 from crbd.compat.setup_tpm import Place, TpmProgram, own_abilities
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import StateAbsentError, StateError
 from crbd.provision.options import Existing, ProvisionOptions
 from crbd.provision.provisioning import provision
 from crbd.provision.report import ProvisionReport
@@ -55,22 +54,6 @@ def provision_place(
         return drive(program, place.uri, wanted, signs, key, log=log)
 
     return work
-
-
-def linear_holds_state(uri: str) -> bool:
-    """Whether there is a TPM in a linear file, readable or not."""
-    try:
-        store = open_backend(uri, create=False, lock=False)
-    except StateAbsentError:
-        return False
-    except StateError:
-        return True
-    try:
-        return store.load(StateKind.PERMANENT) is not None
-    except StateError:
-        return True
-    finally:
-        store.close()
 
 
 def _provision_own(
