@@ -231,6 +231,13 @@ class NotUpgradedError(OperatorError):
     meaning = "a running daemon was not upgraded, and goes on as before"
 
 
+class SnapshotRefusedError(OperatorError):
+    """A running daemon did not give, or did not take, a snapshot."""
+
+    exit_code = 35
+    meaning = "a running daemon did not give, or did not take, a snapshot; its TPM is as it was"
+
+
 class HandoverError(OperatorError):
     """What the daemon before this one handed over cannot be gone on with."""
 

@@ -20,7 +20,7 @@ from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import Endpoint, parse_endpoint
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
-from crbd.service.options import InstanceOptions, Startup
+from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
 from crbd.state.keys import UserKey
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.document import NewTpm
@@ -47,6 +47,8 @@ MIGRATION_SETTINGS = {
     "incoming": "state comes from another host: leave the state unlocked until it comes (shared storage)",
     "release-lock-outgoing": "unlock the state once it was sent to another host (shared storage)",
 }
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 86400
+"""Seconds that --checkpoint may say."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -100,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="encrypt state sent to another host: pwdfile=PATH, file=PATH,mode=aes-256-cbc, or what else swtpm takes",
     )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHEN",
+        default="never",
+        help="store volatile state for the case that crbd dies: never (default), every-command, or SECONDS, when "
+        "the TPM has not been used for so long",
+    )
     parser.add_argument("--pid", metavar="FILE", type=Path, help="write the process id there when clients are served")
     parser.add_argument(
         "--libtpms", metavar="FILE", help="the libtpms library to load (default: libtpms.so.0 of the system)"
@@ -130,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         store: Store = MemoryStore(None if inherited is None else inherited.handover.held)
     else:
         store = _open_state(arguments, swtpm_key, inherited)
+        _refuse_checkpoints_elsewhere(options.instance, store)
     trio.run(partial(serve, options, store, make_engine, program=program, inherited=inherited))
     return 0
 
@@ -143,6 +153,8 @@ def _swtpm_key(spec: str | None, option: str, inherited: Inheritance | None, nam
 
 def _refuse_beside_ephemeral(arguments: argparse.Namespace) -> None:
     """What speaks of state at rest. Raises UsageError."""
+    if arguments.checkpoint != "never":
+        raise UsageError("--checkpoint is for state that is kept, and --ephemeral keeps none", "leave one out")
     for option in ("key", "passphrase", "swtpm_key", "layout", "uuid", "require_existing"):
         if getattr(arguments, option):
             raise UsageError(
@@ -225,7 +237,34 @@ def _instance_options(
         migration_key=_swtpm_key(migration_key, "--migration-key", inherited, "migration"),
         incoming="incoming" in migration,
         release_lock_outgoing="release-lock-outgoing" in migration,
+        checkpoint=_checkpoint(arguments.checkpoint),
     )
+
+
+def _checkpoint(when: str) -> CheckpointPolicy:
+    """Raises UsageError."""
+    if when in ("never", "every-command"):
+        return CheckpointPolicy(every_command=when == "every-command")
+    try:
+        seconds = float(when)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_PAUSE <= seconds <= LONGEST_PAUSE:
+        raise UsageError(
+            f"--checkpoint: {when!r} is no time",
+            f"it takes never, every-command, or seconds from {SHORTEST_PAUSE:g} to {LONGEST_PAUSE}",
+        )
+    return CheckpointPolicy(when_idle=seconds)
+
+
+def _refuse_checkpoints_elsewhere(options: InstanceOptions, store: Store) -> None:
+    """Raises UsageError; the store is closed then."""
+    if options.checkpoint != CheckpointPolicy() and not store.keeps_checkpoints:
+        store.close()
+        raise UsageError(
+            f"--checkpoint needs state in crbd's own layout, and {store.name} is in swtpm's",
+            "convert it (crbd state convert --to crbd), or leave --checkpoint out",
+        )
 
 
 def _migration(arguments: argparse.Namespace) -> set[str]:

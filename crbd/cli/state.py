@@ -1,4 +1,4 @@
-"""`crbd state`: look at, copy, convert and repair the state of a TPM that does not run."""
+"""`crbd state`: look at, copy, convert and repair the state of a TPM."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crbd.cli import state_changes, state_convert, state_copies, state_fleet, state_inspect
+from crbd.cli import state_changes, state_convert, state_copies, state_fleet, state_inspect, state_online
 
 DESCRIPTION = """Work on the state of a TPM that does not run: the directory is locked meanwhile, and where a daemon has
-it the command is refused. There is no way yet to ask a running daemon for a snapshot."""
+it the command is refused. snapshot and restore also work on a running one, with --ctrl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,15 @@ OPERATIONS = {
         state_changes.add_rollback_arguments,
         state_changes.run_rollback,
     ),
+    "snapshot": Operation(
+        "write the TPM to a file, from a directory or from a running daemon",
+        state_online.add_snapshot_arguments,
+        state_online.run_snapshot,
+    ),
     "restore": Operation(
-        "go back to an exported document of the same instance",
-        state_changes.add_restore_arguments,
-        state_changes.run_restore,
+        "go back to a snapshot or an exported document of the same instance",
+        state_online.add_restore_arguments,
+        state_online.run_restore,
     ),
     "upgrade": Operation(
         "rewrite state of older formats in the newest one",

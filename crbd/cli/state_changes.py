@@ -49,8 +49,7 @@ def run_rollback(arguments: argparse.Namespace) -> int:
 
 
 def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `restore`."""
-    add_directory(parser)
+    """Declare the arguments of `restore` but DIR."""
     parser.add_argument("file", metavar="FILE", type=Path, help="a document from crbd state export, of this instance")
     _add_allow(parser)
     add_keys(parser)

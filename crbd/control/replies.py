@@ -123,6 +123,14 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Whether there is one, and the document, or in UTF-8 why there is none. crbd's own."""
+
+    done: bool
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error: the result alone, whatever the success reply would have held. `result` is never 0."""
 
@@ -139,5 +147,6 @@ Reply = (
     | Info
     | Registers
     | Outcome
+    | Snapshot
     | Failure
 )

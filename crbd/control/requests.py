@@ -155,6 +155,26 @@ class Upgrade:
     """Put the program that is installed now in the place of this process, with all its clients. crbd's own."""
 
 
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """The whole TPM as of now, as a document. crbd's own."""
+
+
+class RestoreFlag(IntFlag):
+    """Flags of RESTORE. Unknown bits are kept."""
+
+    ALLOW_ROLLBACK = 1
+    """The TPM goes back in time, and what it has done since is lost: yes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Put a document that TAKE_SNAPSHOT gave in the place of the TPM. crbd's own."""
+
+    flags: RestoreFlag
+    document: bytes
+
+
 Request = (
     GetCapability
     | Init
@@ -177,4 +197,6 @@ Request = (
     | LockStorage
     | GetRegisters
     | Upgrade
+    | TakeSnapshot
+    | Restore
 )

@@ -28,6 +28,8 @@ MAX_INFO = 3 << 10
 """The most text bytes in one reply of GET_INFO (PTM_GETINFO_SIZE)."""
 MAX_OUTCOME = 4 << 10
 """The most text bytes that say how something of crbd's own went."""
+MAX_DOCUMENT = 4 << 20
+"""The longest document in bytes (crbd.state.header has the same)."""
 MAX_PAGES = 5 << 12
 """Most bytes of register pages: five localities."""
 PADDING = 3
@@ -239,6 +241,19 @@ COMMANDS: tuple[Command, ...] = (
         "Puts the crbd that is installed now in the place of the running process; no client notices. Answered by the "
         "new one, or by the old one with what was in the way. crbd's own; any client may ask at any time.",
         while_executing=True, extension=True,
+    ),
+    Command(
+        0xC2, "TAKE_SNAPSHOT", Capability(0), requests.TakeSnapshot, _EMPTY,
+        replies.Snapshot, Layout((Number("done", 4, bool), Data("document", MAX_DOCUMENT))), Needs.ANYTHING,
+        "Hands out the whole TPM as it is between two commands, as a document, sealed as the state is; with done 0 the "
+        "reason in UTF-8. crbd's own; any client may ask at any time.", extension=True,
+    ),
+    Command(
+        0xC3, "RESTORE", Capability(0), requests.Restore,
+        Layout((Number("flags", 4, requests.RestoreFlag), Data("document", MAX_DOCUMENT))),
+        replies.Outcome, _OUTCOME, Needs.ANYTHING,
+        "Puts such a document in the place of the TPM, durably (flag 1: going back in time is meant); where that fails "
+        "the TPM is as it was. crbd's own; any client may ask at any time.", extension=True,
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crbd.control import messages as m
-from crbd.control.spec import BY_REQUEST, CAPABILITIES, MAX_INFO, Needs
+from crbd.control.spec import BY_REQUEST, CAPABILITIES, MAX_INFO, MAX_OUTCOME, Needs
 from crbd.errors import EngineError, StateDamagedError, StateError, StateNewerError, StateSealedError, StoreError
 from crbd.service.instance import Instance
 from crbd.state.kinds import StateKind
@@ -168,6 +168,24 @@ def _get_registers(instance: Instance, _: m.GetRegisters) -> m.Reply:
     return m.Registers(instance.localities, instance.register_pages())
 
 
+def _take_snapshot(instance: Instance, _: m.TakeSnapshot) -> m.Reply:
+    try:
+        return m.Snapshot(True, instance.snapshot())
+    except (EngineError, StateError, StoreError) as error:
+        return m.Snapshot(False, str(error).encode()[:MAX_OUTCOME])
+
+
+def _restore(instance: Instance, request: m.Restore) -> m.Reply:
+    allowed = bool(request.flags & m.RestoreFlag.ALLOW_ROLLBACK)
+    try:
+        said = instance.restore(request.document, allow_rollback=allowed)
+    except (EngineError, StateError, StoreError) as error:
+        log.error("RESTORE was refused, and the TPM is as it was: %s", error)
+        return m.Outcome(False, str(error).encode()[:MAX_OUTCOME])
+    log.warning("RESTORE: %s", said)
+    return m.Outcome(True, said.encode()[:MAX_OUTCOME])
+
+
 # The handlers take their own request type; the table's key says which, which no type of a dict can.
 _ANSWERS: dict[type[m.Request], Callable[[Instance, Any], m.Reply]] = {
     m.GetCapability: _get_capability,
@@ -189,4 +207,6 @@ _ANSWERS: dict[type[m.Request], Callable[[Instance, Any], m.Reply]] = {
     m.GetInfo: _get_info,
     m.LockStorage: _lock_storage,
     m.GetRegisters: _get_registers,
+    m.TakeSnapshot: _take_snapshot,
+    m.Restore: _restore,
 }

@@ -12,6 +12,7 @@ import time
 from crbd.engine.port import Engine
 from crbd.errors import EngineError, StateDamagedError, StateError, StoreError, WireError
 from crbd.service.durable import DurableState
+from crbd.service.judgement import hand_in
 from crbd.state.kinds import StateKind
 from crbd.store.port import Store
 from crbd.tpm.codes import StartupType
@@ -42,17 +43,17 @@ def look_at_stored(engine: Engine, state: DurableState, store: Store, *, goes_on
 
 def _was_shut_down(engine: Engine, state: DurableState, store: Store) -> bool | None:
     """None where it does not say. Raises StateError: StateDamagedError where it does not run."""
-    permanent = state.load(StateKind.PERMANENT)
+    permanent = state.load(StateKind.PERMANENT) or b""
     # The question is put to a TPM that begins; one that goes on has forgotten how it began.
     state.delete(StateKind.VOLATILE)
     try:
-        engine.set_state(StateKind.PERMANENT, permanent)
+        hand_in(engine, StateKind.PERMANENT, permanent, store.name)
         engine.start()
         engine.execute(startup_command(StartupType.CLEAR))
         answer = engine.execute(get_capability(CAP_TPM_PROPERTIES, _PT_STARTUP_CLEAR, 1))
     except EngineError as error:
         raise StateDamagedError(
-            f"libtpms {engine.version} rejects the TPM state in {store.name} (0x{error.result:x})",
+            f"libtpms {engine.version} does not run the TPM in {store.name} (0x{error.result:x})",
             "restore it from a backup, or use the libtpms that wrote it",
         ) from error
     finally:

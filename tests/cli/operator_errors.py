@@ -194,6 +194,12 @@ def serving_with_a_library_that_goes_away(place: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def serving_without_init(place: Path) -> Iterator[None]:
+    with serving(place, "--ephemeral", "--ctrl", f"unix:{place}/ctrl"):
+        yield
+
+
 def no_certificate_authority(place: Path) -> None:
     (place / "ca").mkdir()
 
@@ -243,6 +249,7 @@ CASES = (
         nothing,
     ),
     Case(errors.NotUpgradedError, "crbd reload --ctrl unix:/srv/ctrl", serving_with_a_library_that_goes_away),
+    Case(errors.SnapshotRefusedError, "crbd state snapshot --ctrl unix:/srv/ctrl /srv/out", serving_without_init),
     Case(errors.StateWrongKeyError, SERVE + " --key file:/srv/key", sealed_by_another_key),
     Case(errors.StateIdentityError, "crbd state restore /srv/tpm /srv/export", of_another_instance),
     Case(errors.StateDowngradeError, "crbd state export /srv/tpm --out /srv/out --format-version 1", whole),

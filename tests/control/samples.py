@@ -34,6 +34,8 @@ REQUESTS: list[tuple[str, m.Request]] = [
     ("00000013 0000012c", m.LockStorage(300)),
     ("000000c0", m.GetRegisters()),
     ("000000c1", m.Upgrade()),
+    ("000000c2", m.TakeSnapshot()),
+    ("000000c3 00000001 00000002 8a43", m.Restore(m.RestoreFlag.ALLOW_ROLLBACK, b"\x8aC")),
 ]
 
 REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
@@ -70,4 +72,6 @@ REPLIES: list[tuple[type[m.Request], str, m.Reply]] = [
     (m.LockStorage, "00000000", m.Done()),
     (m.GetRegisters, "00000000 00000005 00000002 8100", m.Registers(5, b"\x81\0")),
     (m.Upgrade, "00000000 00000001 00000004 64 6f 6e 65", m.Outcome(True, b"done")),
+    (m.TakeSnapshot, "00000000 00000001 00000002 8a43", m.Snapshot(True, b"\x8aC")),
+    (m.Restore, "00000000 00000000 00000002 6e6f", m.Outcome(False, b"no")),
 ]

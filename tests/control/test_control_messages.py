@@ -45,6 +45,8 @@ ANY_REQUEST: st.SearchStrategy[m.Request] = st.one_of(
     st.builds(m.SetBufferSize, U32),
     st.builds(m.GetInfo, st.integers(0, (1 << 64) - 1), U32),
     st.builds(m.LockStorage, U32),
+    st.builds(m.TakeSnapshot),
+    st.builds(m.Restore, st.builds(m.RestoreFlag, U32), st.binary()),
 )
 ANY_REPLY: st.SearchStrategy[tuple[type[m.Request], m.Reply]] = st.one_of(
     st.tuples(st.just(m.Stop), st.just(m.Done())),
@@ -54,6 +56,8 @@ ANY_REPLY: st.SearchStrategy[tuple[type[m.Request], m.Reply]] = st.one_of(
     st.tuples(st.just(m.GetStateBlob), st.builds(m.StateBlob, U32, STATE_FLAGS, U32, st.binary())),
     st.tuples(st.just(m.GetConfig), st.builds(m.Config, st.builds(m.ConfigFlag, U32))),
     st.tuples(st.just(m.SetBufferSize), st.builds(m.BufferSizes, U32, U32, U32)),
+    st.tuples(st.just(m.TakeSnapshot), st.builds(m.Snapshot, st.booleans(), st.binary())),
+    st.tuples(st.just(m.Restore), st.builds(m.Outcome, st.booleans(), st.binary())),
     st.tuples(st.just(m.GetInfo), st.builds(m.Info, U32, st.binary(max_size=MAX_INFO))),
 )
 
@@ -159,7 +163,7 @@ def test_reply_that_declares_too_much() -> None:
 def test_table_is_whole() -> None:
     swtpms = [command for command in COMMANDS if not command.extension]
     assert [command.code for command in swtpms] == list(range(1, 20))
-    assert [command.code for command in COMMANDS if command.extension] == [0xC0, 0xC1]
+    assert [command.code for command in COMMANDS if command.extension] == [0xC0, 0xC1, 0xC2, 0xC3]
     assert len({command.name for command in COMMANDS}) == len(COMMANDS)
     assert set(BY_REQUEST) == {type(request) for _, request in REQUESTS}
     assert CAPABILITIES == 0x1FFFF
