@@ -28,6 +28,7 @@ from crbd import __version__
 from crbd.control.messages import Outcome
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EngineError, EngineFailedError, HandoverError, StateError, StateWriteError, StoreError
+from crbd.server.checkpoints import keep_checkpoints
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
@@ -115,6 +116,7 @@ async def serve(
         async with trio.open_nursery() as watching:
             ended = trio.CancelScope()
             watching.start_soon(_heed, signals, daemon, ended)
+            watching.start_soon(keep_checkpoints, daemon.instance)
             with ended:
                 log.info("serving the TPM in %s%s", store.name, daemon.where)
                 if ready is not None:
@@ -201,6 +203,11 @@ class _Daemon:
     def upgrades_at_hangup(self) -> bool:
         """What SIGHUP means."""
         return self._options.upgrade_at_hangup
+
+    @property
+    def instance(self) -> Instance:
+        """The TPM."""
+        return self._instance
 
     # -- the two beginnings
 
