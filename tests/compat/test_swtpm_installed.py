@@ -111,3 +111,11 @@ def test_another_user(prefix: Path) -> None:
 def test_a_checkout_that_is_not_installed() -> None:
     assert find_directory().is_dir()
     assert _run(LAUNCHERS / "swtpm", "--version").startswith("TPM emulator version")
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "crbd.py").write_text("raise SystemExit('imported')\n")
+    environment = {**os.environ, "CRBD_PYTHON": sys.executable}
+    command = [LAUNCHERS / "swtpm", "--version"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
