@@ -1,0 +1,56 @@
+"""A daemon in this process that serves registers, beside its other channels; and guests that run in threads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from crbd.engine.port import Engine, StatePort
+from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.endpoint import UnixEndpoint
+from crbd.service.options import InstanceOptions, Startup
+from crbd.store.memory import MemoryStore
+from crbd.store.port import Store
+from tests.vfiouser.vmm import PATIENCE
+
+from .daemons import Daemon
+
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def serving(
+    place: Path,
+    *,
+    make_engine: Callable[[StatePort], Engine] | None = None,
+    startup: Startup = Startup.CLEAR,
+    store: Store | None = None,
+) -> AsyncIterator[Daemon]:
+    """A daemon with sockets `ctrl`, `data` and `registers` in `place`; ended when the block is left."""
+    daemon = Daemon(place / "ctrl", place / "data")
+    options = DaemonOptions(
+        ctrl=UnixEndpoint(daemon.ctrl),
+        data=UnixEndpoint(daemon.data),
+        instance=InstanceOptions(startup=startup, may_manufacture=True, serves_registers=True),
+        registers=UnixEndpoint(place / "registers"),
+    )
+    async with trio.open_nursery() as nursery:
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            await serve(options, store or MemoryStore(), make_engine or daemon.make_engine, task_status=task_status)
+
+        await nursery.start(run)
+        try:
+            yield daemon
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """What blocks, beside the daemon."""
+    with trio.fail_after(2 * PATIENCE):
+        return await trio.to_thread.run_sync(work)
