@@ -134,7 +134,7 @@ def data_table_region(path: str, signature: str) -> bytes:
 
 
 def field(region: str, access: Access, *units: tuple[str, int, int]) -> bytes:
-    """Names for bits of a region. Each unit is a name, the bit it begins at, and how many bits it has; in ascending order.
+    """Names for bits of a region. Each unit is a name, the bit it begins at, how many bits it has; in ascending order.
 
     What is written leaves the bits beside it as they were.
     """

@@ -50,7 +50,7 @@ _END_TAG: Final = b"\x79\x00"
 
 
 class Architecture(Enum):
-    """Whose tables the SSDT joins: QEMU's for q35 and pc name every PCI device, those for virt (aarch64) only the bus."""
+    """Whose tables the SSDT joins: QEMU's for q35 and pc name every PCI device, those for virt only the bus."""
 
     X86 = "x86"
     AARCH64 = "aarch64"
