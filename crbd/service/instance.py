@@ -94,6 +94,24 @@ class Instance(Lifecycle):
             self._engine.close()
             self._store.close()
 
+    def lay_down(self) -> None:
+        """Shut the TPM down, durably, and leave the registers as they are: a guest may look at them until somebody goes
+        on with what `freeze` gave before. To be followed by `close`.
+
+        Raises StoreError: the store is as after a crash then.
+        """
+        with self._lock:
+            if self._powered:
+                self._shut_down()
+                self._powered = self._ready = False
+                self._engine.stop()
+            self._state.commit()
+
+    def take_a_turn(self) -> None:
+        """Have the TPM for a moment, as every user may who waits: returns if nobody keeps it for ever."""
+        with self._lock:
+            pass
+
     # -- freeze and thaw
 
     def freeze(self) -> FrozenInstance:
@@ -145,6 +163,14 @@ class Instance(Lifecycle):
         self._may_manufacture = frozen.facts.may_manufacture
         self._checkpoints.survey()
         self._choose_way()
+
+    def make_durable(self) -> None:
+        """Commit what a thaw brought along; while that fails commands are answered with TPM_RC_FAILURE."""
+        with self._lock:
+            try:
+                self._state.commit()
+            except StoreError as error:
+                self._state.complain(error)
 
     def snapshot(self) -> bytes:
         """All that this TPM is as a document (crbd.service.snapshot), once the command under way is answered.
@@ -234,11 +260,18 @@ class Instance(Lifecycle):
     def reset(self) -> None:
         """A platform reset by the register client: of the TPM, which is ON then, and of all registers.
 
-        Raises EngineError, StateError or StoreError; the TPM is OFF then.
+        No stored volatile state outlives it, whoever had it stored: a guest that boots must not find the PCRs of the
+        boot before. Raises EngineError, StateError or StoreError; the TPM is OFF then.
         """
         if self.served is not None:
             self.served.cancel()
-        self.init(delete_volatile=False)
+        self.cancel()
+        with self._lock:
+            self._power_off()
+            with self._custody.taken():
+                if self._state.load(StateKind.VOLATILE) is not None:
+                    self._state.delete(StateKind.VOLATILE)
+                self._power_on(delete_volatile=True, goes_on=False)
 
     @property
     def localities(self) -> int:

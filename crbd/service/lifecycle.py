@@ -265,6 +265,15 @@ class Lifecycle:
     def _power_off(self) -> None:
         if not self._powered:
             return
+        self._shut_down()
+        self._powered = self._ready = False
+        self._established_before = self._is_established()
+        self._registers.reset(established=self._established_before)
+        self._engine.stop()
+        self._blobs.forget()
+        self._checkpoints.forget()
+
+    def _shut_down(self) -> None:
         # What follows is no client's doing.
         self._heeds, self._run = False, self._engine.execute
         if self._custody.held:
@@ -274,12 +283,6 @@ class Lifecycle:
                 self._state.complain(error)
         if self._options.auto_shutdown and self._may_send_shutdown():
             self._send_shutdown()
-        self._powered = self._ready = False
-        self._established_before = self._is_established()
-        self._registers.reset(established=self._established_before)
-        self._engine.stop()
-        self._blobs.forget()
-        self._checkpoints.forget()
 
     def _may_send_shutdown(self) -> bool:
         """Whether the TPM needs a TPM2_Shutdown, and is ours to change."""
