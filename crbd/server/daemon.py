@@ -333,8 +333,9 @@ class _Daemon:
             channels.append(registers)
         async with self._patience():
             await controls_over.wait()
-            data.freeze()
-            await data.stopped()
+            for channel in channels:
+                channel.freeze()
+                await channel.stopped()
 
     @asynccontextmanager
     async def _patience(self) -> AsyncIterator[None]:

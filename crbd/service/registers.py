@@ -82,6 +82,8 @@ class Registers:
 
     def after(self, response: bytes | None) -> CrbSnapshot:
         """The registers as they will be when the command under way is answered; without a response, as they are."""
+        if self.served is not None:
+            return self.served.after(response)
         with self.lock:
             snapshot = self.device.freeze()
         if response is None:
@@ -92,6 +94,9 @@ class Registers:
 
     def check(self, snapshot: CrbSnapshot) -> None:
         """Raises StateDamagedError where `thaw` would."""
+        if self.served is not None:
+            self.served.check(snapshot)
+            return
         CrbDevice.thaw(self.device.config, snapshot)
 
     def fail(self) -> None:

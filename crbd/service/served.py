@@ -137,6 +137,25 @@ class ServedRegisters:
         with self._lock:
             return self._device.freeze()
 
+    def after(self, response: bytes | None) -> CrbSnapshot:
+        """As it will be when the command that executes is answered, if it is one of these registers; else as it is."""
+        with self._lock:
+            snapshot = self._device.freeze()
+            running = self._running
+        if response is None or not running:
+            return snapshot
+        following = self._thawed(snapshot)
+        following.complete(response)
+        return following.freeze()
+
+    def check(self, snapshot: CrbSnapshot) -> None:
+        """Raises StateDamagedError where `thaw` would."""
+        self._thawed(snapshot)
+
+    def _thawed(self, snapshot: CrbSnapshot) -> CrbDevice:
+        """A device of its own, with memory that no guest sees."""
+        return CrbDevice.thaw(replace(self._device.config, base=0), snapshot, memoryview(bytearray(BUFFER_SIZE)))
+
     def thaw(self, snapshot: CrbSnapshot, *, live: bool) -> None:
         """Go on with the device that was frozen; what executed then is to be executed once more.
 
