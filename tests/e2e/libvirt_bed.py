@@ -345,6 +345,7 @@ def libvirtd(image: GuestImage) -> Iterator[Libvirt]:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                cwd="/",
             )
         try:
             _await_service(process, root)
