@@ -245,6 +245,13 @@ class HandoverError(OperatorError):
     meaning = "what a running daemon handed over for its upgrade cannot be gone on with"
 
 
+class WallError(OperatorError):
+    """The daemon cannot be walled in as it was asked to be."""
+
+    exit_code = 38
+    meaning = "the daemon cannot be walled in as it was asked to be: seccomp, Landlock"
+
+
 class AuthorityError(OperatorError):
     """The certificate authority cannot be used, or did not issue what it was asked for."""
 
