@@ -28,7 +28,7 @@ def response_code(response: bytes) -> int | None:
     return command_code(response)
 
 
-def error_response(code: ResponseCode) -> bytes:
+def error_response(code: int) -> bytes:
     """A whole response that carries nothing but `code` (Part 3, 5.2: tag TPM_ST_NO_SESSIONS)."""
     return _HEAD.pack(Tag.NO_SESSIONS, HEAD_SIZE, code)
 
