@@ -146,6 +146,10 @@ def exchange(
         thaw(old)
         if written:
             state.put_back(before, side)
+            try:
+                state.commit()
+            except StoreError as error:
+                state.complain(error)
         raise
 
 

@@ -55,6 +55,10 @@ def test_the_state_outlives_the_process(tmp_path: Path) -> None:
     (tmp_path / "pid").unlink()
     with serving(tmp_path, *options(tmp_path), *flags) as process:
         assert ask(tmp_path / "data", c.nv_define(8), 10)[6:] == bytes.fromhex("0000014c"), "TPM_RC_NV_DEFINED"
+        status, said = end(process)
+    assert status == 0
+    assert "was not shut down" in said
+    with serving(tmp_path, *options(tmp_path), *flags) as process:
         assert end(process) == (0, "")
 
 

@@ -79,9 +79,9 @@ def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
 def test_help() -> None:
     done = crbd("state", "--help")
     assert done.returncode == 0
-    assert "There is no way yet to ask a running daemon" in " ".join(done.stdout.split())
+    assert "snapshot and restore also work on a running one" in " ".join(done.stdout.split())
     names = ("inspect", "verify", "export", "import", "convert", "clone", "rekey", "rollback", "restore", "upgrade")
-    for name in (*names, "prune"):
+    for name in (*names, "prune", "snapshot"):
         assert f"\n    {name} " in done.stdout
         assert crbd("state", name, "--help").returncode == 0
     assert crbd("state").returncode == 2

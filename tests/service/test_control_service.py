@@ -25,6 +25,7 @@ BARE: list[m.Request] = [
     m.Stop(),
     m.GetConfig(),
     m.GetRegisters(),
+    m.TakeSnapshot(),
 ]
 requests = st.one_of(
     st.sampled_from(BARE),
@@ -37,6 +38,7 @@ requests = st.one_of(
     st.builds(m.SetBufferSize, numbers),
     st.builds(m.GetInfo, numbers, numbers),
     st.builds(m.LockStorage, st.integers(0, 3)),
+    st.builds(m.Restore, st.sampled_from([m.RestoreFlag(0), m.RestoreFlag(1)]), st.binary(max_size=40)),
 )
 
 
@@ -53,7 +55,7 @@ def test_any_order_is_answered(sequence: list[m.Request]) -> None:
 
 def test_the_strategy_above_knows_every_command() -> None:
     covered = {m.Init, m.SetLocality, m.ResetTpmEstablished, m.HashData, m.GetStateBlob, m.SetStateBlob}
-    covered |= {m.SetBufferSize, m.GetInfo, m.LockStorage}
+    covered |= {m.SetBufferSize, m.GetInfo, m.LockStorage, m.Restore}
     covered |= {m.SetDataFd, m.Upgrade}  # the server's
     covered |= {type(request) for request in BARE}
     assert covered == {command.request for command in COMMANDS}
