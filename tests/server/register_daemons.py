@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -54,3 +55,37 @@ async def in_thread(work: Callable[[], T]) -> T:
     """What blocks, beside the daemon."""
     with trio.fail_after(2 * PATIENCE):
         return await trio.to_thread.run_sync(work)
+
+
+class Blocking:
+    """A control or data client that blocks, as a VMM does."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(PATIENCE)
+        self.socket.connect(str(path))
+
+    def __enter__(self) -> Blocking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def receive(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size and (piece := self.socket.recv(size - len(received))):
+            received += piece
+        return received
+
+    def ask(self, request: bytes, size: int) -> bytes:
+        self.socket.sendall(request)
+        return self.receive(size)
+
+    def run(self, command: bytes) -> bytes:
+        """A TPM command's whole response."""
+        self.socket.sendall(command)
+        return self.response()
+
+    def response(self) -> bytes:
+        head = self.receive(10)
+        return head + self.receive(int.from_bytes(head[2:6], "big") - 10)
