@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 import trio
 
+from crbd.cli import faults
 from crbd.cli.keys import read_key, read_passphrase
 from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
@@ -20,6 +21,7 @@ from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import Endpoint, parse_endpoint
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
+from crbd.service.injection import FaultyStore
 from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
 from crbd.state.keys import UserKey
 from crbd.state.swtpm_sealing import SwtpmKey
@@ -113,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--libtpms", metavar="FILE", help="the libtpms library to load (default: libtpms.so.0 of the system)"
     )
+    faults.add_option(parser)
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="warning", help="what goes to stderr (default: warning)"
     )
@@ -131,7 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("nothing says where the TPM's state is", "give --state DIR or --ephemeral")
     if arguments.ephemeral:
         _refuse_beside_ephemeral(arguments)
-    make_engine = partial(_make_engine, library=arguments.libtpms)
+    make_engine: Callable[[StatePort], Engine] = partial(_make_engine, library=arguments.libtpms)
+    plan = None if arguments.faults is None else faults.plan_of(arguments.faults)
+    if plan is not None:
+        make_engine = faults.failing(make_engine, plan)
     if inherited is not None and inherited.trial:
         rehearse(inherited, options.instance, make_engine)
         return 0
@@ -140,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         store = _open_state(arguments, swtpm_key, inherited)
         _refuse_checkpoints_elsewhere(options.instance, store)
+    if plan is not None:
+        store = FaultyStore(store, plan)
     trio.run(partial(serve, options, store, make_engine, program=program, inherited=inherited))
     return 0
 
