@@ -76,7 +76,7 @@ class DescriptorEndpoint:
 Endpoint = UnixEndpoint | TcpEndpoint | DescriptorEndpoint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenEndpoint:
     """What an endpoint became:
 
@@ -88,6 +88,8 @@ class OpenEndpoint:
     listening: bool
     identity: tuple[int, int] | None = None
     """Device and inode of a path that is to be removed at the end."""
+    stays: bool = False
+    """Set where the socket lives on in another process: its path is left then."""
 
 
 def parse_endpoint(text: str, option: str) -> Endpoint:
@@ -132,11 +134,13 @@ def opened(endpoint: Endpoint, option: str) -> Iterator[OpenEndpoint]:
     match endpoint:
         case UnixEndpoint():
             listener, identity = _listen_unix(endpoint, option)
+            listening_there = OpenEndpoint(endpoint, listener, listening=True, identity=identity)
             try:
-                yield OpenEndpoint(endpoint, listener, listening=True, identity=identity)
+                yield listening_there
             finally:
                 listener.close()
-                _remove(endpoint.path, identity)
+                if not listening_there.stays:
+                    _remove(endpoint.path, identity)
         case TcpEndpoint():
             with _listen_tcp(endpoint, option) as listener:
                 yield OpenEndpoint(endpoint, listener, listening=True)
@@ -151,12 +155,33 @@ def adopted(endpoint: Endpoint, descriptor: int, identity: tuple[int, int] | Non
     """As `opened`, for a listening socket that the process before this one had opened."""
     with socket.socket(fileno=descriptor) as listener:
         listener.setblocking(False)
+        listening_there = OpenEndpoint(endpoint, listener, listening=True, identity=identity)
         try:
-            yield OpenEndpoint(endpoint, listener, listening=True, identity=identity)
+            yield listening_there
         finally:
             listener.close()
-            if identity is not None and isinstance(endpoint, UnixEndpoint):
+            if identity is not None and isinstance(endpoint, UnixEndpoint) and not listening_there.stays:
                 _remove(endpoint.path, identity)
+
+
+def is_at(endpoint: Endpoint, descriptor: int, identity: tuple[int, int] | None) -> bool:
+    """Whether a listening socket is where `opened` would make one; `identity` as in `adopted`."""
+    listener = socket.socket(fileno=descriptor)
+    try:
+        address = listener.getsockname()
+        match endpoint:
+            case UnixEndpoint():
+                status = endpoint.path.lstat()
+                return address == str(endpoint.path) and (status.st_dev, status.st_ino) == identity
+            case TcpEndpoint():
+                wanted = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)[0][4]
+                return wanted[0] == address[0] and wanted[1] in (0, address[1])
+            case DescriptorEndpoint():
+                return False
+    except OSError:
+        return False
+    finally:
+        listener.detach()
 
 
 def _listen_unix(endpoint: UnixEndpoint, option: str) -> tuple[socket.socket, tuple[int, int]]:

@@ -72,8 +72,9 @@ class Program:
 
     async def try_out(self, handover: Handover) -> str | None:
         """Let the new program see whether it can go on from here; why not, if it cannot. Changes nothing."""
-        trial = replace(handover, links=(), listeners={}, pid_file="", descriptors={})
-        memory = _memory(encode(trial))
+        # The listeners are only named: what is not on the command line is served if it has one.
+        trial = replace(handover, links=(), pid_file="", descriptors={})
+        memory = in_memory(encode(trial))
         environment = os.environ | {VARIABLE: f"{_TRIAL}:{memory}"}
         try:
             with trio.move_on_after(TRIAL_TIMEOUT):
@@ -99,7 +100,7 @@ class Program:
 
     def become(self, handover: Handover) -> NoReturn:
         """Execute it in the place of this process. Raises OSError: then nothing has changed."""
-        memory = _memory(encode(handover))
+        memory = in_memory(encode(handover))
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
         passed = (memory, *handover.descriptors.values())
         named = ",".join(f"{name}={number}" for name, number in handover.descriptors.items())
@@ -179,7 +180,7 @@ def _named(pair: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _memory(data: bytes) -> int:
+def in_memory(data: bytes) -> int:
     """A descriptor of memory that holds the bytes, to be read from the beginning. Raises OSError."""
     memory = os.memfd_create("crbd-handover", os.MFD_CLOEXEC)
     try:

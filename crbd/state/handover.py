@@ -17,6 +17,8 @@ The body is the document's list of sections (crbd.state.sections), numbers littl
     held.*       the same names: what an ephemeral store holds
     secret.*     keys that the successor could not read again: `seal`, the data key of a sealed store; `file` and
                  `migration`, keys as swtpm has them
+    at-rest      32 bytes: SHA-256 of what the store held when this was left to a service manager (crbd.server.fdstore);
+                 missing where the successor is the same process
     pid-file     its path
     listener.*   a listening socket: u8 flags: 1 to be removed at the end; u64 device, u64 inode of its path
     link.N       one client, N from 0
@@ -165,6 +167,8 @@ class Handover:
     """By channel: "ctrl", "data", "registers"."""
     links: tuple[Link, ...] = ()
     descriptors: Mapping[str, int] = field(default_factory=dict)
+    at_rest: bytes = b""
+    """Of what was left for a process that may never come: what the store has to hold if it does; else empty."""
 
 
 # -- writing
@@ -181,6 +185,8 @@ def encode(handover: Handover) -> bytes:
     ]
     if handover.instance.incoming is not None:
         sections.append(Section("incoming", 1, encode_session(handover.instance.incoming)))
+    if handover.at_rest:
+        sections.append(Section("at-rest", 1, handover.at_rest))
     if handover.pid_file:
         sections.append(Section("pid-file", 1, handover.pid_file.encode("utf-8", "surrogateescape")))
     sections += (Section(f"secret.{name}", 1, secret) for name, secret in handover.secrets.items())
@@ -291,7 +297,16 @@ def decode(data: bytes, descriptors: Mapping[str, int]) -> Handover:
         },
         links=tuple(_decode_link(known[f"link.{number}"], f"link.{number}", descriptors) for number in numbers),
         descriptors=descriptors,
+        at_rest=_decode_at_rest(known.get("at-rest")),
     )
+
+
+def _decode_at_rest(body: bytes | None) -> bytes:
+    if body is None:
+        return b""
+    if len(body) != DIGEST_SIZE:
+        raise damaged(NAME, "section at-rest", f"has {len(body)} bytes")
+    return body
 
 
 def _sections(data: bytes) -> Sections:
@@ -324,7 +339,7 @@ def _known(sections: Sections) -> dict[str, bytes]:
 
 def _is_ours(family: str, rest: str) -> bool:
     match family:
-        case "handover" | "document" | "instance" | "incoming" | "pid-file":
+        case "handover" | "document" | "instance" | "incoming" | "at-rest" | "pid-file":
             return not rest
         case "secret":
             return rest in SECRETS

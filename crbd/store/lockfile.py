@@ -32,6 +32,12 @@ def inherit(descriptor: int) -> None:
     _inherited[_identity(descriptor)] = descriptor
 
 
+def let_go() -> None:
+    """Give up every lock that was inherited and that nobody has taken: the files were of other state."""
+    while _inherited:
+        os.close(_inherited.popitem()[1])
+
+
 class LockFile:
     """A held lock; made by `acquire`, given back by `release`."""
 
