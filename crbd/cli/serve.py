@@ -12,7 +12,7 @@ from uuid import UUID
 
 import trio
 
-from crbd.cli import faults
+from crbd.cli import faults, walls
 from crbd.cli.keys import read_key, read_passphrase
 from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
@@ -21,6 +21,7 @@ from crbd.errors import UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.endpoint import Endpoint, parse_endpoint
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
+from crbd.server.walls import forbid_core_dumps
 from crbd.service.injection import FaultyStore
 from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
 from crbd.state.keys import UserKey
@@ -116,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--libtpms", metavar="FILE", help="the libtpms library to load (default: libtpms.so.0 of the system)"
     )
     faults.add_option(parser)
+    walls.add_options(parser)
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="warning", help="what goes to stderr (default: warning)"
     )
@@ -123,8 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the end; returns 0. Raises OperatorError when the start fails."""
+    forbid_core_dumps()
     program = Program.of_this_process()
-    inherited = inheritance()
+    inherited = inheritance(arguments.libtpms)
     logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="crbd: %(levelname)s: %(message)s")
     swtpm_key = _swtpm_key(arguments.swtpm_key, "--swtpm-key", inherited, "file")
     options = _daemon_options(arguments, swtpm_key, inherited)
@@ -148,7 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
         _refuse_checkpoints_elsewhere(options.instance, store)
     if plan is not None:
         store = FaultyStore(store, plan)
-    trio.run(partial(serve, options, store, make_engine, program=program, inherited=inherited))
+    wanted = walls.walls_of(arguments, options, program)
+    serving = partial(serve, program=wanted.program, inherited=inherited, wall_in=wanted.raise_all)
+    trio.run(partial(serving, options, store, make_engine))
     return 0
 
 

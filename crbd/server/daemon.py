@@ -19,7 +19,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -34,6 +35,7 @@ from crbd.server.data import DataChannel
 from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
 from crbd.server.frost import Links
 from crbd.server.pidfile import PidFile
+from crbd.server.pump import FrozenPump, Pump
 from crbd.server.register_buffer import RegisterBuffer
 from crbd.server.register_buffer import adopted as adopted_buffer
 from crbd.server.register_buffer import made as made_buffer
@@ -44,7 +46,7 @@ from crbd.service.frozen import document_of, frozen_of
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
 from crbd.state.handover import NAME as HANDOVER
-from crbd.state.handover import ControlLink, DataLink, Handover, Link, Listener, RegistersLink, descriptors_in
+from crbd.state.handover import ControlLink, DataLink, Handover, Link, Listener, RegistersLink, descriptors_in, encode
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.port import Store
 
@@ -90,12 +92,14 @@ async def serve(
     program: Program | None = None,
     inherited: Inheritance | None = None,
     ready: Callable[[], None] | None = None,
+    wall_in: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve one TPM until SHUTDOWN or a signal ends it. `store` is locked; it is closed at the end, whatever happens.
 
     `program` is what an upgrade starts; without it there is none. `inherited` is what another process leaves to this
-    one. `ready` is called once, when clients are served: the sockets listen, the pid file is written.
+    one. `ready` is called once, when clients are served: the sockets listen, the pid file is written. `wall_in` is
+    called once before that, when all of it is open and no thread runs yet; what it raises ends the start.
 
     Raises OperatorError when the start fails.
     """
@@ -113,6 +117,8 @@ async def serve(
             daemon.begin()
         else:
             daemon.go_on(inherited.handover)
+        if wall_in is not None:
+            wall_in()
         async with trio.open_nursery() as watching:
             ended = trio.CancelScope()
             watching.start_soon(_heed, signals, daemon, ended)
@@ -367,7 +373,9 @@ class _Daemon:
     async def upgrade(self) -> str | None:
         """See whether the installed program can go on, and if so stop serving; what is in the way, if anything is."""
         if self._program is None:
-            return "this process does not know what to start (a changed root directory hides the program)"
+            return (
+                "this process does not know what to start (after a change of the root directory, --pcap, --no-upgrade)"
+            )
         if self._upgrading.locked():
             return "an upgrade is under way"
         async with self._upgrading:
@@ -386,10 +394,28 @@ class _Daemon:
         """Become the installed program; return where that is not possible, to serve on."""
         try:
             if self._program is not None:
-                self._program.become(self._handover())
+                self._program.become(self._handover(), self._stand_in())
         except (OSError, StoreError, StateError, EngineError) as error:
             log.error("the upgrade is not done, and the TPM goes on as before: %s", error)
             self._answer = Outcome(done=False, text=str(error).encode())
+
+    def _stand_in(self) -> Callable[[int], bytes] | None:
+        """How a copy of this process serves the data client, if there is one, until the new program has started."""
+        serving = next((number for number, (link, _) in enumerate(self._links) if isinstance(link, DataLink)), None)
+        return None if serving is None else partial(self._stand_in_for, os.getpid(), serving)
+
+    def _stand_in_for(self, pid: int, number: int, call: int) -> bytes:
+        """In the copy: serve that client until called; the handover that process `pid` goes on from."""
+        link, connected = self._links[number]
+        if isinstance(link, DataLink):
+            limit, frozen = self._instance.buffer_size(0).maximum, FrozenPump(link.received, link.unsent)
+            pump = Pump(
+                connected, self._instance.execute, self._instance.cancel, limit, frozen, once=self._options.disconnect
+            )
+            # A client that is gone is found to be gone by the successor too.
+            left = pump.serve_until(call) or FrozenPump()
+            self._links[number] = (DataLink(left.received, left.unsent), connected)
+        return encode(replace(self._handover(), pid=pid))
 
     def _handover_or_reason(self) -> Handover | str:
         try:

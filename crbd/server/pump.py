@@ -137,6 +137,13 @@ class Pump:
                 self._socket.close()
         return frozen
 
+    def serve_until(self, call: int) -> FrozenPump | None:
+        """Serve in this thread until the descriptor `call` can be read; where a successor goes on, or None where the
+        client is gone.
+        """
+        self._freezing = True
+        return self._serve(call)
+
     async def _wake_when_cancelled(self, wake: int) -> None:
         try:
             await trio.sleep_forever()

@@ -9,7 +9,9 @@
 
 Until the last of these steps the old program can go on, and does so where anything is in the way. The variable
 CRBD_HANDOVER tells the new program what it was given: the descriptor of the memory and, by name, the others:
-`7:lock=4,listener.ctrl=5,link.0=9`; in a trial `trial:7`.
+`7:store.lock=4,listener.ctrl=5,link.0=9`; in a trial `trial:7`. Where a stand-in serves the data client until the new
+program has started (crbd.server.standin), it is the socket to call it by and its process id:
+`stand-in:8:4711:store.lock=4,…`.
 
 Signals that arrive between the two are kept by the kernel: they are blocked from before the exec until the new program
 listens for them. (SIGHUP, for one, would end a process that has not yet said what to do at it.)
@@ -22,13 +24,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import trio
 
+from crbd.engine.declarations import load
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EngineError, HandoverError, StateError, StoreError
+from crbd.server.standin import StandIn, leave
 from crbd.service.frozen import frozen_of
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
@@ -48,6 +53,7 @@ MAX_REASON = 2000
 LOCK = "store.lock"
 """The name of the descriptor that holds the store's lock."""
 _TRIAL = "trial"
+_STAND_IN = "stand-in"
 KEPT_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
@@ -98,21 +104,30 @@ class Program:
         finally:
             os.close(memory)
 
-    def become(self, handover: Handover) -> NoReturn:
-        """Execute it in the place of this process. Raises OSError: then nothing has changed."""
-        memory = in_memory(encode(handover))
+    def become(self, handover: Handover, serve: Callable[[int], bytes] | None = None) -> NoReturn:
+        """Execute it in the place of this process. Raises OSError: then nothing has changed.
+
+        With `serve` a copy of this process serves the data client by it until the program has started, and returns the
+        handover that counts.
+        """
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
-        passed = (memory, *handover.descriptors.values())
-        named = ",".join(f"{name}={number}" for name, number in handover.descriptors.items())
-        try:
-            for number in passed:
+        with ExitStack() as undo:
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, blocked)
+            if serve is None:
+                given = in_memory(encode(handover))
+                undo.callback(os.close, given)
+                said = f"{given}"
+            else:
+                departure = leave(serve)
+                undo.callback(departure.call_off)
+                given = departure.stand_in.call
+                said = f"{_STAND_IN}:{given}:{departure.stand_in.pid}"
+            named = ",".join(f"{name}={number}" for name, number in handover.descriptors.items())
+            for number in (given, *handover.descriptors.values()):
                 os.set_inheritable(number, True)
-            os.execve(self.arguments[0], self.arguments, os.environ | {VARIABLE: f"{memory}:{named}"})
-        finally:
-            for number in passed:
-                os.set_inheritable(number, False)
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            os.close(memory)
+                undo.callback(os.set_inheritable, number, False)
+            os.execve(self.arguments[0], self.arguments, os.environ | {VARIABLE: f"{said}:{named}"})
+        raise AssertionError("an exec that succeeds does not return")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,24 +144,23 @@ class Inheritance:
         return None if secret is None else SwtpmKey(secret)
 
 
-def inheritance() -> Inheritance | None:
-    """What the environment says that this process was given; None at an ordinary start. To be asked once.
+def inheritance(library: str | None = None) -> Inheritance | None:
+    """What the environment says that this process was given; None at an ordinary start. To be asked once, and when
+    everything else has been made ready: from then on clients wait. `library` is the libtpms that will be wanted.
 
-    Raises HandoverError.
+    Raises HandoverError, EngineMissingError.
     """
     said = os.environ.pop(VARIABLE, None)
     if said is None:
         return None
+    load(library)
     try:
-        kind, _, rest = said.partition(":")
-        trial = kind == _TRIAL
-        descriptors = {} if trial or not rest else dict(_named(pair) for pair in rest.split(","))
-        memory = int(rest if trial else kind)
+        *source, named = said.split(":")
+        trial = source == [_TRIAL]
+        descriptors = {} if trial or not named else dict(_named(pair) for pair in named.split(","))
         for number in descriptors.values():
             os.set_inheritable(number, False)
-        with open(memory, "rb") as file:
-            data = file.read(MAX_HANDOVER + 1)
-        handover = decode(data, descriptors)
+        handover = decode(_read([named] if trial else source), descriptors)
     except (ValueError, OSError) as error:
         raise HandoverError(f"{VARIABLE}={said!r} is not from a crbd: {error}", "unset it") from error
     except StateError as error:
@@ -173,6 +187,16 @@ def rehearse(inherited: Inheritance, options: InstanceOptions, make_engine: Call
 def listen_to_kept_signals() -> None:
     """To be called when this process has said what to do at each: what came in between is heard now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_SIGNALS)
+
+
+def _read(source: list[str]) -> bytes:
+    """From memory, or from the stand-in, which stops serving then. Raises OSError, ValueError."""
+    if source[0] == _STAND_IN:
+        _, call, pid = source
+        return StandIn(int(pid), int(call)).take_over()
+    (memory,) = source
+    with open(int(memory), "rb") as file:
+        return file.read(MAX_HANDOVER + 1)
 
 
 def _named(pair: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,7 +64,7 @@ class NeverThere(Program):
     async def try_out(self, handover: Handover) -> str | None:
         return None
 
-    def become(self, handover: Handover) -> NoReturn:
+    def become(self, handover: Handover, serve: Callable[[int], bytes] | None = None) -> NoReturn:
         assert decode(encode(handover), handover.descriptors) == handover
         for number in handover.descriptors.values():
             os.fstat(number)
