@@ -1,4 +1,4 @@
-"""The service manager's file descriptor store: FDSTORE=1 in sd_notify(3), FileDescriptorStoreMax= in systemd.service(5).
+"""The service manager's file descriptor store: sd_notify(3), FileDescriptorStoreMax= in systemd.service(5).
 
 A message is never answered. `notify.barrier` says when all were read; whether a descriptor was taken shows only at the
 next start. The manager drops a descriptor that has hung up, unless it is told not to look (FDPOLL=0).
