@@ -14,7 +14,7 @@ from crbd.service.injection import FaultyEngine
 
 log = logging.getLogger(__name__)
 
-MAX_SIZE = 1 << 20
+MAX_SIZE = 10 << 10
 """Bytes of a file of faults at most."""
 
 
@@ -51,6 +51,13 @@ def plan_of(text: str) -> FaultPlan:
     faults = parse_faults(read_faults(text), source)
     log.warning("%s: this TPM fails on purpose, in %d ways", source, len(faults))
     return FaultPlan(faults)
+
+
+def checked(text: str) -> str:
+    """The faults that the value of `--faults` asks for, as a text without errors in it. Raises UsageError."""
+    faults = read_faults(text)
+    parse_faults(faults, "--faults" if "=" in text else text)
+    return faults
 
 
 def failing(make_engine: Callable[[StatePort], Engine], plan: FaultPlan) -> Callable[[StatePort], Engine]:

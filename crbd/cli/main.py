@@ -16,6 +16,7 @@ from crbd.errors import OperatorError, UsageError
 
 COMMANDS = {
     "serve": "serve one TPM",
+    "run": "run a command with a TPM of its own",
     "reload": "put the crbd that is installed now in the place of a running one",
     "registers": "show the CRB registers of a running TPM",
     "state": "look at, copy, convert, snapshot and repair the state of a TPM",

@@ -67,9 +67,12 @@ class FaultyEngine:
         # Volatile state that lies there belongs to a TPM that was to go on.
         if self._port.load(StateKind.VOLATILE) is not None:
             self._port.delete(StateKind.VOLATILE)
-        self.start()
+        self._power_on()
         if started:
-            self._engine.execute(startup_command(StartupType.CLEAR))
+            self._start_up()
+
+    def _start_up(self) -> None:
+        self._engine.execute(startup_command(StartupType.CLEAR))
 
     def cancel(self) -> None:
         """Also ends a delay."""
@@ -78,6 +81,9 @@ class FaultyEngine:
 
     def start(self) -> None:
         """Power on; failure mode is over."""
+        self._power_on()
+
+    def _power_on(self) -> None:
         self._failed = False
         self._engine.start()
 
@@ -206,3 +212,15 @@ class FaultyStore:
 
     def close(self) -> None:
         self._store.close()
+
+
+class StartedEngine(FaultyEngine):
+    """Also the firmware of its machine: whenever it is powered on it is started, by TPM2_Startup(CLEAR).
+
+    A TPM that was handed volatile state is started already, and says so.
+    """
+
+    def start(self) -> None:
+        """Power on and start."""
+        super().start()
+        self._start_up()
