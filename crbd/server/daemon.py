@@ -5,6 +5,9 @@ then clients are served. What fails on the way takes back what came before it: a
 no lock behind. At the end: the pump is told to finish (its command is cancelled), the sockets are removed, the TPM is
 shut down, the lock is released, the pid file is removed.
 
+A daemon that leaves its clients to a service manager (crbd.server.fdstore) stops serving as one that is upgraded, shuts
+the TPM down and ends; it removes no socket that its successor will listen on.
+
 A daemon that is upgraded (crbd.server.succession) stops serving without any of that: first the control clients, whose
 requests may need the TPM, then the data clients. Where becoming the new program fails after all, the same daemon serves
 the same clients on. A daemon that is the new program begins by going on: no socket is opened, no TPM powered on.
@@ -32,7 +35,8 @@ from crbd.errors import EngineError, EngineFailedError, HandoverError, StateErro
 from crbd.server.checkpoints import keep_checkpoints
 from crbd.server.control import ControlChannel
 from crbd.server.data import DataChannel
-from crbd.server.endpoint import Endpoint, OpenEndpoint, adopted, opened
+from crbd.server.endpoint import DescriptorEndpoint, Endpoint, OpenEndpoint, adopted, opened
+from crbd.server.fdstore import BUFFER, claimed, frozen_before, leave
 from crbd.server.frost import Links
 from crbd.server.pidfile import PidFile
 from crbd.server.pump import FrozenPump, Pump
@@ -41,8 +45,9 @@ from crbd.server.register_buffer import adopted as adopted_buffer
 from crbd.server.register_buffer import made as made_buffer
 from crbd.server.registers import RegisterChannel
 from crbd.server.succession import KEPT_SIGNALS, LOCK, Inheritance, Program, listen_to_kept_signals
+from crbd.server.supervision import keep_watchdog, tell_ending, tell_ready, tell_upgrading
 from crbd.service.control import ControlService
-from crbd.service.frozen import document_of, frozen_of
+from crbd.service.frozen import document_of
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
 from crbd.state.handover import NAME as HANDOVER
@@ -58,8 +63,6 @@ COMMAND_PATIENCE = 30.0
 CANCEL_INTERVAL = 0.1
 """Seconds between two such requests."""
 OPTION = {"ctrl": "--ctrl", "data": "--data", "registers": "--registers"}
-BUFFER = "registers.buffer"
-"""The name of the descriptor of the served registers' data buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,16 @@ class DaemonOptions:
     """End when the control client is gone (swtpm's `--ctrl …,terminate`)."""
     upgrade_at_hangup: bool = True
     """Whether SIGHUP asks for an upgrade; if not it ends the daemon, like SIGTERM."""
+    supervised: bool = False
+    """Tell the service manager, where there is one, how the daemon is."""
+    fd_store: bool = False
+    """At SIGTERM leave the clients to the service manager."""
+
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Those that are given, by channel."""
+        channels = (("ctrl", self.ctrl), ("data", self.data), ("registers", self.registers))
+        return {name: endpoint for name, endpoint in channels if endpoint is not None}
 
 
 async def serve(
@@ -106,6 +119,9 @@ async def serve(
     # Signals count from the first moment: one that comes during the start ends the daemon when that is done.
     with trio.open_signal_receiver(*KEPT_SIGNALS) as signals, ExitStack() as cleanup:
         listen_to_kept_signals()
+        cleanup.callback(store.close)
+        if inherited is not None and inherited.handover.at_rest:
+            inherited = claimed(inherited, store, options.endpoints)
         # The pid file is written last and removed last: when it is gone another daemon may take over.
         pid_file = _pid_file(options, inherited)
         if pid_file is not None:
@@ -125,12 +141,17 @@ async def serve(
             watching.start_soon(keep_checkpoints, daemon.instance)
             with ended:
                 log.info("serving the TPM in %s%s", store.name, daemon.where)
+                if options.supervised:
+                    watching.start_soon(keep_watchdog, daemon.instance.take_a_turn)
+                    tell_ready(daemon.doing)
                 if ready is not None:
                     ready()
                 task_status.started()
                 # Ends by itself only where every client was handed over connected and the last one is gone.
-                while await daemon.serve_until_frozen():
-                    daemon.hand_over()
+                while await daemon.serve_until_frozen() and daemon.hand_over():
+                    pass
+            if options.supervised:
+                tell_ending("shutting the TPM down")
             # A second signal is no reason to leave the TPM without its shutdown.
             cleanup.close()
             watching.cancel_scope.cancel()
@@ -144,7 +165,8 @@ async def _heed(signals: AsyncIterator[int], daemon: _Daemon, scope: trio.Cancel
                 upgrades.start_soon(_upgrade, daemon)
             else:
                 log.info("ending at %s", signal.Signals(number).name)
-                scope.cancel()
+                if number != signal.SIGTERM or not daemon.leave():
+                    scope.cancel()
 
 
 async def _upgrade(daemon: _Daemon) -> None:
@@ -154,7 +176,7 @@ async def _upgrade(daemon: _Daemon) -> None:
 
 
 def _pid_file(options: DaemonOptions, inherited: Inheritance | None) -> PidFile | None:
-    if inherited is not None:
+    if inherited is not None and not inherited.handover.at_rest:
         written = inherited.handover.pid_file
         return PidFile.of_this_process(Path(written)) if written else None
     return None if options.pid_file is None else PidFile(options.pid_file)
@@ -179,7 +201,6 @@ class _Daemon:
         self._program = program
         self._cleanup = cleanup
         self._pid_file = pid_file
-        cleanup.callback(store.close)
         self._buffer = _buffer(options, inherited, cleanup)
         shared = None if self._buffer is None else self._buffer.memory
         self._instance = Instance(make_engine, store, options.instance, shared)
@@ -192,18 +213,17 @@ class _Daemon:
         """For the client that asked for an upgrade."""
         self._freeze: Callable[[], None] | None = None
         self._upgrading = trio.Lock()
-
-    @property
-    def _given(self) -> tuple[tuple[str, Endpoint], ...]:
-        """The endpoints that the options have, by channel."""
-        options = self._options
-        channels = (("ctrl", options.ctrl), ("data", options.data), ("registers", options.registers))
-        return tuple((name, endpoint) for name, endpoint in channels if endpoint is not None)
+        self._leaving = False
 
     @property
     def where(self) -> str:
         """The endpoints, for the log."""
         return "".join(f" at {each.endpoint}" for each in self._endpoints.values())
+
+    @property
+    def doing(self) -> str:
+        """What it does, for the service manager."""
+        return f"serving the TPM in {self._store.name}{self.where}"
 
     @property
     def upgrades_at_hangup(self) -> bool:
@@ -220,7 +240,7 @@ class _Daemon:
     def begin(self) -> None:
         """Everything up to the moment that clients are served. Raises OperatorError."""
         self._instance.check()
-        for name, endpoint in self._given:
+        for name, endpoint in self._options.endpoints.items():
             self._endpoints[name] = self._cleanup.enter_context(opened(endpoint, OPTION[name]))
             if not self._endpoints[name].listening:
                 self._links.append((_fresh(name), self._endpoints[name].socket))
@@ -236,13 +256,19 @@ class _Daemon:
     def go_on(self, handover: Handover) -> None:
         """Everything that another process left to this one. Raises OperatorError."""
         try:
-            self._instance.thaw(frozen_of(handover), HANDOVER, live_buffer=BUFFER in handover.descriptors)
+            self._instance.thaw(frozen_before(handover), HANDOVER, live_buffer=BUFFER in handover.descriptors)
         except (EngineError, StoreError) as error:
             raise HandoverError(str(error), "go on with the release that wrote it") from error
-        for name, endpoint in self._given:
+        for name, endpoint in self._options.endpoints.items():
             if name in handover.listeners:
                 descriptor, identity = handover.descriptors[f"listener.{name}"], handover.listeners[name].identity
                 self._endpoints[name] = self._cleanup.enter_context(adopted(endpoint, descriptor, identity))
+            elif handover.at_rest:
+                self._endpoints[name] = self._cleanup.enter_context(opened(endpoint, OPTION[name]))
+        if handover.at_rest:
+            self._instance.make_durable()
+            if self._pid_file is not None:
+                self._pid_file.write()
         for number, link in enumerate(handover.links):
             self._links.append((link, socket.socket(fileno=handover.descriptors[f"link.{number}"])))
         pause = (time.monotonic_ns() - handover.frozen_at) / 1e6
@@ -284,8 +310,9 @@ class _Daemon:
             registers = self._register_channel()
 
             def freeze() -> None:
-                control.frost.fall()
-                tasks.start_soon(self._freeze_data, data, registers, controls_over)
+                if not control.frost.fallen:
+                    control.frost.fall()
+                    tasks.start_soon(self._freeze_data, data, registers, controls_over)
 
             self._freeze = freeze
             await self._start_links(links, data, control, tasks)
@@ -379,25 +406,61 @@ class _Daemon:
         if self._upgrading.locked():
             return "an upgrade is under way"
         async with self._upgrading:
-            async with self._patience():
-                handover = await trio.to_thread.run_sync(self._handover_or_reason)
-            if isinstance(handover, str):
-                return handover
-            in_the_way = await self._program.try_out(handover)
-            if in_the_way is None:
-                if self._freeze is None:
-                    return "the daemon is ending"
-                self._freeze()
+            if self._options.supervised:
+                tell_upgrading()
+            in_the_way = await self._try_upgrade(self._program)
+            if in_the_way is not None and self._options.supervised:
+                tell_ready(self.doing)
             return in_the_way
 
-    def hand_over(self) -> None:
-        """Become the installed program; return where that is not possible, to serve on."""
+    async def _try_upgrade(self, program: Program) -> str | None:
+        async with self._patience():
+            handover = await trio.to_thread.run_sync(self._handover_or_reason)
+        if isinstance(handover, str):
+            return handover
+        in_the_way = await program.try_out(handover)
+        if in_the_way is None:
+            if self._freeze is None:
+                return "the daemon is ending"
+            self._freeze()
+        return in_the_way
+
+    def hand_over(self) -> bool:
+        """Become the installed program; true where that is not possible, to serve on. Or, where the daemon leaves, give
+        all to the service manager; false."""
+        if self._leaving:
+            self._leave()
+            return False
         try:
             if self._program is not None:
                 self._program.become(self._handover(), self._stand_in())
         except (OSError, StoreError, StateError, EngineError) as error:
             log.error("the upgrade is not done, and the TPM goes on as before: %s", error)
             self._answer = Outcome(done=False, text=str(error).encode())
+            if self._options.supervised:
+                tell_ready(self.doing)
+        return True
+
+    def leave(self) -> bool:
+        """Stop serving, so that the clients can be left to the service manager; false where that is not to be."""
+        if not self._options.fd_store or self._leaving or self._freeze is None:
+            return False
+        self._leaving = True
+        self._freeze()
+        return True
+
+    def _leave(self) -> None:
+        try:
+            handover = self._handover()
+            kept = [name for name, each in self._endpoints.items() if not isinstance(each.endpoint, DescriptorEndpoint)]
+            self._instance.lay_down()
+            leave(handover.only_listening(kept), self._store)
+        except (OSError, StoreError, StateError, EngineError, HandoverError) as error:
+            log.error("the clients are not kept for a restart: %s", error)
+            return
+        for name in kept:
+            self._endpoints[name].stays = True
+        log.info("left to the service manager, in case that it starts this TPM again: clients and the running TPM")
 
     def _stand_in(self) -> Callable[[int], bytes] | None:
         """How a copy of this process serves the data client, if there is one, until the new program has started."""

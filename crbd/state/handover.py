@@ -43,8 +43,8 @@ newer version of one, makes it refuse before anything is touched, and the predec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Final
 
@@ -169,6 +169,19 @@ class Handover:
     descriptors: Mapping[str, int] = field(default_factory=dict)
     at_rest: bytes = b""
     """Of what was left for a process that may never come: what the store has to hold if it does; else empty."""
+
+    def only_listening(self, channels: Container[str]) -> Handover:
+        """Without the listeners of other channels."""
+        others = {name for name in self.listeners if name not in channels}
+        return replace(
+            self,
+            listeners={name: listener for name, listener in self.listeners.items() if name not in others},
+            descriptors={
+                name: number
+                for name, number in self.descriptors.items()
+                if name.removeprefix("listener.") not in others
+            },
+        )
 
 
 # -- writing
