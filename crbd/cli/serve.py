@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -17,10 +18,12 @@ from crbd.cli.keys import read_key, read_passphrase
 from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.errors import UsageError
+from crbd.errors import OperatorError, UsageError
 from crbd.server.daemon import DaemonOptions, serve
-from crbd.server.endpoint import Endpoint, parse_endpoint
+from crbd.server.endpoint import DescriptorEndpoint, Endpoint, parse_endpoint
+from crbd.server.fdstore import left_behind, sorted_out
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
+from crbd.server.supervision import tell_failure
 from crbd.server.walls import forbid_core_dumps
 from crbd.service.injection import FaultyStore
 from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
@@ -30,6 +33,7 @@ from crbd.store.document import NewTpm
 from crbd.store.layout import Layout, open_state
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
+from crbd.systemd.listen import passed_descriptors
 
 DESCRIPTION = """Serve one TPM 2.0: the control channel to QEMU (-chardev socket), the data channel to tpm2-tools and
 others.
@@ -114,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pid", metavar="FILE", type=Path, help="write the process id there when clients are served")
     parser.add_argument(
+        "--fd-store",
+        action="store_true",
+        help="at SIGTERM leave the clients to systemd (FileDescriptorStoreMax=), so that a restart keeps them",
+    )
+    parser.add_argument(
         "--libtpms", metavar="FILE", help="the libtpms library to load (default: libtpms.so.0 of the system)"
     )
     faults.add_option(parser)
@@ -124,13 +133,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until the end; returns 0. Raises OperatorError when the start fails."""
+    """Serve until the end; returns 0. Raises OperatorError when the start fails; the service manager is told of it."""
+    try:
+        return _run(arguments)
+    except OperatorError as error:
+        tell_failure(error)
+        raise
+
+
+def _run(arguments: argparse.Namespace) -> int:
     forbid_core_dumps()
     program = Program.of_this_process()
     inherited = inheritance(arguments.libtpms)
     logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="crbd: %(levelname)s: %(message)s")
     swtpm_key = _swtpm_key(arguments.swtpm_key, "--swtpm-key", inherited, "file")
-    options = _daemon_options(arguments, swtpm_key, inherited)
+    sockets, kept = sorted_out(passed_descriptors())
+    options = _daemon_options(arguments, sockets, swtpm_key, inherited)
     if arguments.state is not None and arguments.ephemeral:
         raise UsageError("--state and --ephemeral exclude each other", "give one of them")
     if arguments.state is None and not arguments.ephemeral:
@@ -144,6 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
     if inherited is not None and inherited.trial:
         rehearse(inherited, options.instance, make_engine)
         return 0
+    # Keys were read like at any start until here: what a service manager kept has none.
+    inherited = inherited or left_behind(kept)
     if arguments.ephemeral:
         store: Store = MemoryStore(None if inherited is None else inherited.handover.held)
     else:
@@ -195,19 +215,52 @@ def _open_state(arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inher
 
 
 def _daemon_options(
-    arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None
+    arguments: argparse.Namespace,
+    sockets: Mapping[str, int],
+    swtpm_key: SwtpmKey | None,
+    inherited: Inheritance | None,
 ) -> DaemonOptions:
-    if arguments.ctrl is None and arguments.data is None and arguments.registers is None:
-        raise UsageError("there is no socket to serve", "give --ctrl, --data or both, or --registers")
+    endpoints = _endpoints(arguments, sockets, inherited)
+    if arguments.fd_store and not os.environ.get("NOTIFY_SOCKET"):
+        raise UsageError("--fd-store: no service manager listens", "start crbd from a unit with Type=notify")
     return DaemonOptions(
-        ctrl=None if arguments.ctrl is None else parse_endpoint(arguments.ctrl, "--ctrl"),
-        data=None if arguments.data is None else parse_endpoint(arguments.data, "--data"),
-        registers=None if arguments.registers is None else _parse_registers(arguments.registers),
-        instance=_instance_options(arguments, swtpm_key, inherited),
+        ctrl=endpoints.get("ctrl"),
+        data=endpoints.get("data"),
+        registers=endpoints.get("registers"),
+        instance=_instance_options(arguments, endpoints, swtpm_key, inherited),
         pid_file=arguments.pid,
         # A terminal that is closed hangs up on what was started from it; that one is not to live on without it.
         upgrade_at_hangup=not sys.stderr.isatty(),
+        supervised=True,
+        fd_store=arguments.fd_store,
     )
+
+
+def _endpoints(
+    arguments: argparse.Namespace, sockets: Mapping[str, int], inherited: Inheritance | None
+) -> dict[str, Endpoint]:
+    """Where each channel is served: as its option says, or else on the socket that a socket unit has for it.
+
+    Raises UsageError.
+    """
+    endpoints: dict[str, Endpoint] = {}
+    for name, option in (("ctrl", arguments.ctrl), ("data", arguments.data)):
+        if option is not None:
+            endpoints[name] = parse_endpoint(option, f"--{name}")
+    if arguments.registers is not None:
+        endpoints["registers"] = _parse_registers(arguments.registers)
+    for name, endpoint in endpoints.items():
+        if name in sockets:
+            raise UsageError(f"--{name} is given, and a socket unit has a socket for it too", "leave one out")
+        if arguments.fd_store and isinstance(endpoint, DescriptorEndpoint):
+            raise UsageError(f"--{name} {endpoint}: after a restart that descriptor is another", "leave --fd-store out")
+    endpoints |= {name: DescriptorEndpoint(number) for name, number in sockets.items()}
+    if inherited is not None:
+        passed_on, descriptors = inherited.handover.listeners.keys() - endpoints, inherited.handover.descriptors
+        endpoints |= {name: DescriptorEndpoint(descriptors.get(f"listener.{name}", -1)) for name in passed_on}
+    if not endpoints:
+        raise UsageError("there is no socket to serve", "give --ctrl, --data or both, or --registers")
+    return endpoints
 
 
 def _parse_registers(text: str) -> Endpoint:
@@ -219,7 +272,10 @@ def _parse_registers(text: str) -> Endpoint:
 
 
 def _instance_options(
-    arguments: argparse.Namespace, swtpm_key: SwtpmKey | None, inherited: Inheritance | None
+    arguments: argparse.Namespace,
+    endpoints: Container[str],
+    swtpm_key: SwtpmKey | None,
+    inherited: Inheritance | None,
 ) -> InstanceOptions:
     flags = _settings(arguments.flags, "--flags", FLAGS)
     locality = _settings(arguments.locality, "--locality", LOCALITY_SETTINGS)
@@ -231,17 +287,17 @@ def _instance_options(
         startup = Startup.CLEAR
     elif "startup-state" in flags:
         startup = Startup.STATE
-    elif flags & {"not-need-init", "startup-none"} or (arguments.registers is not None and arguments.ctrl is None):
+    elif flags & {"not-need-init", "startup-none"} or ("registers" in endpoints and "ctrl" not in endpoints):
         # Over vfio-user nobody says INIT: a guest finds the TPM switched on.
         startup = Startup.POWER_ON
     migration, migration_key = _migration(arguments), arguments.migration_key
     if "incoming" in migration and startup is not Startup.NEED_INIT:
         raise UsageError("--migration incoming waits for INIT, --flags powers on at once", "give one of them")
-    if migration and arguments.registers is not None:
+    if migration and "registers" in endpoints:
         raise UsageError("--migration is for --ctrl: no VMM migrates a device of --registers", "leave one out")
     return InstanceOptions(
         startup=startup,
-        serves_registers=arguments.registers is not None,
+        serves_registers="registers" in endpoints,
         may_manufacture=arguments.create or arguments.ephemeral,
         auto_shutdown="disable-auto-shutdown" not in flags,
         reject_locality_4="reject-locality-4" in locality,
