@@ -31,7 +31,9 @@ from crbd.engine.port import Engine, StatePort
 from crbd.errors import EndpointError, EngineError, OperatorError, PidFileError, StoreError, UsageError
 from crbd.server.daemon import DaemonOptions, serve
 from crbd.server.process import Background, become, change_root, find_user
+from crbd.server.seccomp import Action
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
+from crbd.server.walls import Walls, Wanted, forbid_core_dumps
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.swtpm_sealing import SwtpmKey
@@ -107,6 +109,7 @@ class _Plan:
     """What is to be served, and how."""
 
     daemon: DaemonOptions
+    walls: Walls
     place: StatePlace | None
     profile: str | None
     log_descriptor: int | None
@@ -131,6 +134,7 @@ class _Plan:
 
 
 def _run(line: CommandLine, reporter: _Reporter) -> int:
+    forbid_core_dumps()
     program, inherited = _program(line), inheritance()
     user = find_user(line.texts["--runas"]) if "--runas" in line.texts and inherited is None else None
     background = Background() if line.daemon and inherited is None else None
@@ -157,14 +161,14 @@ def _run(line: CommandLine, reporter: _Reporter) -> int:
         print(_profiles(), end="")
         return 0
     level = 0 if log_values is None else log_values.number("level") or 0
-    plan = _plan(line, log_descriptor, level, inherited)
+    plan = _plan(line, log_descriptor, level, inherited, program)
     try:
         if line.print_info:
             print(_info(plan, line.print_info))
         elif inherited is not None and inherited.trial:
             rehearse(inherited, plan.daemon.instance, plan.make_engine)
         else:
-            _serve(plan, background, program, inherited)
+            _serve(plan, background, inherited)
     finally:
         if plan.pcap is not None:
             plan.pcap.close()
@@ -185,7 +189,13 @@ def _key(values: Values | None, inherited: Inheritance | None, name: str) -> Swt
     return read_key(values) if inherited is None else inherited.swtpm_key(name)
 
 
-def _plan(line: CommandLine, log_descriptor: int | None, log_level: int, inherited: Inheritance | None) -> _Plan:
+def _plan(
+    line: CommandLine,
+    log_descriptor: int | None,
+    log_level: int,
+    inherited: Inheritance | None,
+    program: Program | None,
+) -> _Plan:
     """Every option that is left, in swtpm's order. Raises UsageError."""
     endpoints = endpoints_of(line, os.environ)
     key = _key(line.values("--key"), inherited, "file")
@@ -193,7 +203,7 @@ def _plan(line: CommandLine, log_descriptor: int | None, log_level: int, inherit
     pid_file = _pid_file(line) if inherited is None else None
     locality = line.values("--locality")
     place = place_of(line.values("--tpmstate"), os.environ)
-    _refuse_filter(line)
+    action = _filter(line)
     startup = _startup(line)
     flags = line.values("--flags")
     migration = line.values("--migration")
@@ -221,6 +231,8 @@ def _plan(line: CommandLine, log_descriptor: int | None, log_level: int, inherit
     profile, pcap = line.values("--profile"), line.values("--pcap")
     return _Plan(
         daemon=daemon,
+        # swtpm knows nothing of Landlock, and neither do the places that its callers' files lie in.
+        walls=Walls(action, line.values("--seccomp") is not None, Wanted.OFF, (), program),
         place=place,
         profile=None if profile is None else profile_of(profile),
         log_descriptor=log_descriptor,
@@ -247,11 +259,13 @@ def _pid_file(line: CommandLine) -> Path | int | None:
     return number
 
 
-def _refuse_filter(line: CommandLine) -> None:
-    """What swtpm is built without at times. Raises UsageError."""
+def _filter(line: CommandLine) -> Action:
+    """What becomes of system calls that are not needed; swtpm filters unasked. Raises UsageError."""
     seccomp = line.values("--seccomp")
-    if seccomp is not None and (action := seccomp.string("action") or "kill") != "none":
-        raise UsageError(f"Unsupported seccomp log action {action}", "there is no filter here: use action=none")
+    action = "kill" if seccomp is None else seccomp.string("action") or "kill"
+    if action not in {each.value for each in Action}:
+        raise UsageError(f"Unsupported seccomp log action {action}")
+    return Action(action)
 
 
 def _startup(line: CommandLine) -> Startup:
@@ -301,7 +315,7 @@ def _info(plan: _Plan, flags: int) -> str:
         instance.close()
 
 
-def _serve(plan: _Plan, background: Background | None, program: Program | None, inherited: Inheritance | None) -> None:
+def _serve(plan: _Plan, background: Background | None, inherited: Inheritance | None) -> None:
     if plan.daemon.ctrl is None and plan.daemon.data is None:
         raise UsageError("there is no socket to serve", "give --ctrl, --server or --port")
     if plan.place is None:
@@ -318,5 +332,6 @@ def _serve(plan: _Plan, background: Background | None, program: Program | None, 
         except OSError as error:
             log.warning("the service manager could not be told: %s", error.strerror)
 
-    serving = partial(serve, program=program, inherited=inherited, ready=ready)
+    walls = plan.walls
+    serving = partial(serve, program=walls.program, inherited=inherited, ready=ready, wall_in=walls.raise_all)
     trio.run(partial(serving, plan.daemon, store, plan.make_engine))
