@@ -59,6 +59,7 @@ _LIBVIRTD_CONFIGURATION = """
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 unix_sock_dir = "{root}/sock"
+host_uuid = "{uuid}"
 log_outputs = "1:file:{root}/libvirtd.log"
 log_filters = "1:util.command 3:util 3:cpu 3:access 3:node_device 3:rpc 3:event 3:conf 3:qemu 3:security"
 """
@@ -124,11 +125,15 @@ class Libvirt:
         """swtpm_localca's directory."""
         return self.root / "authority"
 
+    @property
+    def uri(self) -> str:
+        """How clients, and another libvirtd, reach it."""
+        return f"qemu+unix:///system?socket={self.root}/sock/libvirt-sock"
+
     def attempt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """virsh, whatever becomes of it."""
-        uri = f"qemu:///system?socket={self.root}/sock/libvirt-sock"
         return subprocess.run(
-            ["virsh", "--quiet", "--connect", uri, *arguments],
+            ["virsh", "--quiet", "--connect", self.uri, *arguments],
             check=False,
             capture_output=True,
             text=True,
@@ -147,6 +152,16 @@ class Libvirt:
         done = self.attempt(*arguments)
         assert done.returncode != 0, f"virsh {shlex.join(arguments)}: {done.stdout}"
         return done.stderr.strip()
+
+    def log_of_tpm(self, domain: str) -> str:
+        """What the TPM of a domain said."""
+        return (self.root / "log-swtpm" / "libvirt" / "qemu" / f"{domain}-swtpm.log").read_text()
+
+    def remove(self, domain: str) -> None:
+        """Leave nothing of a domain."""
+        # Each is refused where it is not needed.
+        self.attempt("destroy", domain)
+        self.attempt("undefine", domain, "--managed-save", "--tpm")
 
     def _said(self) -> str:
         """The ends of the logs that were written to last: libvirtd's, QEMU's, the TPM's."""
@@ -201,6 +216,19 @@ class Domain:
         line, _ = self._listener.accept()
         return Shell(Console(self._lines.enter_context(line)))
 
+    def migration(self, destination: Libvirt) -> list[str]:
+        """virsh's command that moves the domain, which is halted meanwhile: under TCG QEMU may miss what a guest writes
+        while it copies."""
+        arrival = f"unix://{destination.root}/arrivals/{self.name}"
+        options = ["--persistent", "--undefinesource", "--migrateuri", arrival]
+        return ["migrate", *options, self.name, destination.uri]
+
+    def at(self, libvirt: Libvirt) -> Domain:
+        """This domain, where it has moved."""
+        moved = Domain(libvirt, self.name, self._listener, self._lines)
+        moved.uuid = self.uuid
+        return moved
+
     def destroy(self) -> None:
         """Pull the plug, and wait for the TPM's end."""
         process = self.tpm()
@@ -236,13 +264,10 @@ def domain(libvirt: Libvirt, name: str) -> Iterator[Domain]:
         stack.callback(path.unlink)
         path.chmod(0o666)
         listener.listen()
-        made = Domain(libvirt, name, listener, stack)
         try:
-            yield made
+            yield Domain(libvirt, name, listener, stack)
         finally:
-            # Each is refused where it is not needed.
-            libvirt.attempt("destroy", name)
-            libvirt.attempt("undefine", name, "--managed-save", "--tpm")
+            libvirt.remove(name)
 
 
 def _closed_to_others(path: Path) -> Path | None:
@@ -280,12 +305,14 @@ def _with_line(source: Path, line: str) -> str:
 def _furnish(root: Path, image: GuestImage) -> str:
     """Fill the temporary directory; return the script that starts libvirtd on it."""
     root.chmod(0o755)
-    for name in (*_PLACES, "sock"):
+    for name in (*_PLACES, "sock", "arrivals"):
         (root / name).mkdir()
+    # QEMU makes a socket there.
+    (root / "arrivals").chmod(0o777)
     shutil.chown(root / "authority", "tss", "root")
     (root / "authority").chmod(0o750)
     (root / "etc" / "qemu.conf").write_text(_QEMU_CONFIGURATION)
-    (root / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONFIGURATION.format(root=root))
+    (root / "etc" / "libvirtd.conf").write_text(_LIBVIRTD_CONFIGURATION.format(root=root, uuid=uuid.uuid4()))
     # libvirt makes them QEMU's own for as long as it runs.
     shutil.copyfile(image.kernel, root / "vmlinuz")
     shutil.copyfile(image.initrd, root / "initrd")

@@ -58,6 +58,13 @@ def libvirt(image: GuestImage) -> Iterator[Libvirt]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def other(image: GuestImage) -> Iterator[Libvirt]:
+    """A second host."""
+    with libvirtd(image) as running:
+        yield running
+
+
 @pytest.fixture
 def vm(libvirt: Libvirt) -> Iterator[Domain]:
     with domain(libvirt, f"vm-{uuid.uuid4().hex[:8]}") as made:
@@ -200,23 +207,48 @@ def test_pcr_banks(vm: Domain) -> None:
         vm.destroy()
 
 
+def test_migration(vm: Domain, other: Libvirt) -> None:
+    """To another host, to stay: the TPM that arrived is on the disk there, and no longer here."""
+    vm.define()
+    shell = vm.boot()
+    shell.read(f"{_DEFINE_NV}; {_WRITE_NV.format('moved')}; {_EXTEND}")
+    pcr, process = shell.read(_PCR), vm.tpm()
+    vm.libvirt.virsh(*vm.migration(other))
+    try:
+        process.await_end()
+        shell, moved = vm.shell(), vm.at(other)
+        assert shell.read(_PCR) == pcr
+        assert moved.tpm().number != process.number
+        assert not vm.permanent.exists()
+        moved.destroy()
+        assert moved.boot().read(_READ_NV).strip() == "moved"
+    finally:
+        other.remove(vm.name)
+
+
 class _Secret:
     """A passphrase that libvirt keeps."""
 
     def __init__(self, libvirt: Libvirt, directory: Path) -> None:
         self.uuid = str(uuid.uuid4())
-        self._libvirt = libvirt
-        self._file = directory / "passphrase"
-        description = directory / "secret.xml"
-        description.write_text(
+        self._directory = directory
+        self._description = directory / "secret.xml"
+        self._description.write_text(
             f"<secret ephemeral='no' private='yes'><uuid>{self.uuid}</uuid>"
             f"<usage type='vtpm'><name>{self.uuid}</name></usage></secret>"
         )
-        libvirt.virsh("secret-define", str(description))
+        self._libvirt = libvirt
+        self.tell(libvirt)
 
-    def set(self, passphrase: str) -> None:
-        self._file.write_text(passphrase)
-        self._libvirt.virsh("secret-set-value", self.uuid, "--file", str(self._file), "--plain")
+    def tell(self, libvirt: Libvirt) -> None:
+        """Let a libvirtd know that there is one."""
+        libvirt.virsh("secret-define", str(self._description))
+
+    def set(self, passphrase: str, libvirt: Libvirt | None = None) -> None:
+        """Give the first libvirtd that knew of it, or another one, the passphrase."""
+        file = self._directory / "passphrase"
+        file.write_text(passphrase)
+        (libvirt or self._libvirt).virsh("secret-set-value", self.uuid, "--file", str(file), "--plain")
 
 
 @pytest.fixture
@@ -249,3 +281,24 @@ def test_encrypted_state(vm: Domain, secret: _Secret) -> None:
     secret.set("the passphrase")
     shell = vm.boot()
     assert shell.read(_READ_NV).strip() == "sealed"
+
+
+def test_a_migration_that_fails(vm: Domain, other: Libvirt, secret: _Secret) -> None:
+    """The other host has another passphrase: the guest goes on here, with its TPM."""
+    secret.set("the passphrase")
+    secret.tell(other)
+    secret.set("another passphrase", other)
+    vm.define(f"<encryption secret='{secret.uuid}'/>")
+    shell = vm.boot()
+    shell.read(f"{_DEFINE_NV}; {_WRITE_NV.format('sealed')}; {_EXTEND}")
+    pcr, process = shell.read(_PCR), vm.tpm()
+    try:
+        vm.libvirt.refusal(*vm.migration(other))
+        assert "permall state blob is encrypted with another key" in other.log_of_tpm(vm.name)
+        assert other.virsh("list", "--all", "--name") == ""
+        assert vm.running_tpms() == [process]
+        assert shell.read(_PCR) == pcr
+        shell.read(f"{_WRITE_NV.format('still here')}; {_EXTEND}")
+        assert shell.read(_READ_NV).strip() == "still here"
+    finally:
+        other.remove(vm.name)
