@@ -38,6 +38,7 @@ def test_bar_0_is_sized_as_firmware_does_it() -> None:
     assert configuration.read(0, 256) == INITIAL
 
 
+@pytest.mark.timeout(1200)  # nightly: 50 000 of them
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=8)), max_size=8))
 def test_only_writable_bits_ever_change(writes: list[tuple[int, bytes]]) -> None:
     configuration = Configuration()

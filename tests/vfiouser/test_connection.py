@@ -342,6 +342,7 @@ PIECES = st.one_of(
 )
 
 
+@pytest.mark.timeout(1200)  # nightly: 50 000 of them
 @given(pieces=st.lists(PIECES, max_size=12), size=st.integers(1, 90), begun=st.booleans())
 def test_whatever_comes_and_however_it_is_cut(pieces: list[bytes], size: int, *, begun: bool) -> None:
     stream = b"".join(pieces)
