@@ -17,7 +17,7 @@ FORMS = ["vfio-user", "vfio-user:", "unix:/tmp/there", "vfio-user:/tmp/there,mod
 
 
 def test_alone_it_powers_the_tpm_on_and_keeps_its_state(tmp_path: Path) -> None:
-    arguments = ["--state", tmp_path / "state", "--registers", f"vfio-user:{tmp_path / 'registers'}"]
+    arguments: list[str | Path] = ["--state", tmp_path / "state", "--registers", f"vfio-user:{tmp_path / 'registers'}"]
     for round_trip in range(2):
         with serving(tmp_path, *arguments, *(["--create"] if not round_trip else [])) as process:
             assert stat.S_IMODE((tmp_path / "registers").stat().st_mode) == 0o600
@@ -34,7 +34,7 @@ def test_alone_it_powers_the_tpm_on_and_keeps_its_state(tmp_path: Path) -> None:
 
 
 def test_a_killed_daemon_loses_nothing_that_was_answered(tmp_path: Path) -> None:
-    arguments = ["--state", tmp_path / "state", "--create", "--registers", f"vfio-user:{tmp_path / 'registers'}"]
+    arguments: list[str | Path] = ["--state", tmp_path / "state", "--create", "--registers", f"vfio-user:{tmp_path / 'registers'}"]
     with serving(tmp_path, *arguments) as process, Vmm(tmp_path / "registers") as vmm:
         vmm.boot()
         assert c.code(vmm.run(c.nv_define(8))) == c.SUCCESS
