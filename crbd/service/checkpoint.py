@@ -1,4 +1,4 @@
-"""What of a TPM's volatile state lies in the store, and what may be gone on from. docs/crash.md, decision 4.
+"""What of a TPM's volatile state lies in the store, and what may be gone on from. docs/decisions/0005-checkpoints.md.
 
 Theory. Volatile state gets into the store because a client asks (STORE_VOLATILE), or as a checkpoint, of the daemon's
 own accord. Either way it is there only as long as it is *the TPM's*: as of the last answered command that changed the
