@@ -7,12 +7,12 @@ daemon serves, is asked, and is forgotten; nothing of that is stored. Costs some
 from __future__ import annotations
 
 import logging
-import time
 
 from crbd.engine.port import Engine
 from crbd.errors import EngineError, StateDamagedError, StateError, StoreError, WireError
 from crbd.service.durable import DurableState
 from crbd.service.judgement import hand_in
+from crbd.service.stamp import moment
 from crbd.state.kinds import StateKind
 from crbd.store.port import Store
 from crbd.tpm.codes import StartupType
@@ -95,4 +95,4 @@ def _what_follows(state: DurableState, goes_on: bool) -> str:
 def _when(store: Store) -> str:
     if store.written is None:
         return ""
-    return time.strftime(" (last written %Y-%m-%d %H:%M:%S UTC)", time.gmtime(store.written))
+    return f" (last written {moment(store.written)})"

@@ -13,7 +13,6 @@ TPM_RC_FAILURE until it does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from crbd.engine.port import Engine
 from crbd.errors import EngineError, StateAbsentError, StateDamagedError, StateError, StoreError
 from crbd.service.durable import DurableState
 from crbd.service.frozen import FrozenInstance
-from crbd.service.stamp import stamp_of
+from crbd.service.stamp import moment, stamp_of
 from crbd.state.compatibility import check_engine
 from crbd.state.document import Document
 from crbd.state.handover import InstanceFacts
@@ -61,8 +60,7 @@ class Replacement:
         """What became of it, for people."""
         identity = self.document.identity
         if self.lost is None:
-            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.document.written))
-            return f"the snapshot of {when} is the TPM again; what it did since is lost"
+            return f"the snapshot of {moment(self.document.written)} is the TPM again; what it did since is lost"
         written = max(self.lost, identity.generation) + 1
         return (
             f"generation {identity.generation} is the TPM again, as generation {written}; "
@@ -86,7 +84,7 @@ def read_replacement(
 ) -> Replacement:
     """The document in `data`, in the place of the TPM `now`, if it may be there. Changes nothing. Raises StateError."""
     document = store.read_snapshot(data, NAME)
-    lost = store.overtake(document.identity.generation)
+    lost = store.overtake(0)
     if not allow_rollback:
         what = f"generation {document.identity.generation} would take the place of generation {lost}"
         raise StateError(
@@ -97,6 +95,7 @@ def read_replacement(
     blobs = {kind: blob for kind in StateKind if (blob := document.state(kind)) is not None}
     for blob in blobs.values():
         check_engine(blob, engine.version, NAME)
+    store.overtake(document.identity.generation)
     powered = document.volatile is not None and document.crb is not None and document.session is not None
     facts = InstanceFacts(powered=powered, may_manufacture=False, client_sized=now.facts.client_sized)
     frozen = FrozenInstance(

@@ -1,8 +1,9 @@
-"""Which engine writes a TPM's state, for the store that marks it with that."""
+"""Which engine writes a TPM's state, for the store that marks it with that; and when it was written, for people."""
 
 from __future__ import annotations
 
 import json
+import time
 
 from crbd.engine.port import Engine
 from crbd.state.saved import EngineStamp
@@ -19,3 +20,11 @@ def stamp_of(engine: Engine) -> EngineStamp:
     profile = json.loads(engine.info(_INFO_ACTIVE_PROFILE)).get("ActiveProfile", {})
     name, level = profile.get("Name", ""), profile.get("StateFormatLevel", 0)
     return EngineStamp(version.major, version.minor, version.micro, name, level)
+
+
+def moment(written: int) -> str:
+    """Seconds since 1970 as people write them, in UTC; as it is what no calendar has, which a file may say."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written))
+    except (OverflowError, ValueError, OSError):
+        return f"second {written} since 1970"

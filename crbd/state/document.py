@@ -38,6 +38,7 @@ from crbd.state.header import (
     DIGEST_SIZE,
     FORMAT_VERSION,
     MAX_DOCUMENT,
+    MAX_GENERATION,
     WRITER_ID_SIZE,
     Header,
     Suite,
@@ -66,8 +67,8 @@ from crbd.state.sealing import OVERHEAD, Seal, area_length, decode_slots, open_a
 from crbd.state.sections import MAX_SECTIONS, Section, Sections, decode_body, encode_body
 from crbd.state.side import CHECKPOINT
 
-__all__ = ["Document", "Header", "check_complete", "check_identity", "decode", "encode", "encode_hashed", "open_seal"]
-__all__ += ["key_slots", "peek_header", "rewrap", "verify"]
+__all__ = ["Document", "Header", "check_complete", "check_generation", "check_identity", "decode", "encode"]
+__all__ += ["encode_hashed", "key_slots", "open_seal", "peek_header", "rewrap", "verify"]
 
 NEWEST: Final = {
     IDENTITY: 1,
@@ -272,6 +273,15 @@ def check_identity(header: Header, expected: UUID, name: str) -> None:
         raise StateIdentityError(
             f"{name} belongs to instance {header.uuid}, not to {expected}",
             "name the right file, or make this one the instance's own: crbd state clone --policy replace",
+        )
+
+
+def check_generation(header: Header, name: str) -> None:
+    """Raises StateDamagedError for a generation that no TPM comes to: one built upon it might be the last there is."""
+    if header.generation > MAX_GENERATION // 2:
+        raise StateDamagedError(
+            f"{name} says that it is generation {header.generation}, which no TPM comes to",
+            "find out who wrote it, and take another",
         )
 
 

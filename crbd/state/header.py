@@ -23,6 +23,7 @@ FORMAT_VERSION: Final = 3
 """The newest format version this release writes and reads."""
 MAX_DOCUMENT: Final = 4 * 1024 * 1024
 """Bytes of the longest document."""
+MAX_GENERATION: Final = (1 << 64) - 1
 MAX_HEADER: Final = 1024
 MAX_WRITER: Final = 64
 """Bytes of UTF-8."""

@@ -42,11 +42,9 @@ from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.directory import BACKUP, DirectoryStore, open_directory
 from crbd.store.document import FILE_NAME
 from crbd.store.files import sync_directory
-from crbd.store.layout import Layout
+from crbd.store.layout import BEFORE_CONVERT, CONVERTING, Layout
 from crbd.store.linear import SIDE_SUFFIX, open_linear
 from crbd.store.offline import (
-    BEFORE_CONVERT,
-    CONVERTING,
     OfflineState,
     create_slots,
     create_state,
@@ -99,7 +97,10 @@ def source_of(path: Path, keys: tuple[UserKey, ...], swtpm_key: SwtpmKey | None)
         check_complete(document, state.name)
         states = {kind: found.data for kind in StateKind if (found := document.state(kind)) is not None}
         side = None
-        if document.volatile is not None and (document.crb is not None or document.session is not None):
+        if document.checkpoint:
+            # Neither swtpm nor a client of its would know that: they would go on from it at any INIT.
+            states.pop(StateKind.VOLATILE, None)
+        elif document.volatile is not None and (document.crb is not None or document.session is not None):
             side = SideState(document.crb, document.session)
         yield Source(path, layout, states, side, (path / FILE_NAME,), document, seal)
 
@@ -161,6 +162,7 @@ def left_behind(document: Document) -> list[str]:
             "let the guest finish it and go idle",
         )
     parts = {
+        "a checkpoint": document.checkpoint,
         "registers": document.crb is not None and document.volatile is None,
         "session": document.session is not None and document.volatile is None,
         "fingerprint of the endorsement key": bool(document.identity.ek_fingerprint),

@@ -4,6 +4,16 @@ A commit replaces a file whole: the new bytes go into a file beside it, are sync
 directory is synced. After a power cut a file is either the old or the new one. A leftover of an interrupted commit
 (`.tpm2-00.permall.new`) means nothing and is overwritten.
 
+Where one commit changes permanent and volatile state, another TPM may be taking the place of this one, and neither may
+ever be found with the volatile state of the other. So both volatile states, the old and the new, are first put aside
+under names that say which permanent state they belong to (`.tpm2-00.volatilestate.of-DIGEST`, the SHA-256 of that
+file), then the permanent state is replaced, and then what belongs to it takes the name: now, or when the directory is
+locked the next time. (swtpm, started in between, finds no volatile state: a TPM whose power was cut.)
+
+Fencing. Before every commit the lock file and the permanent state are compared with what this process locked, and read
+or wrote: what another put there, into this directory or in its place, is not written over. It is the lock that keeps
+two writers apart; the fence notices where it did not, or where the state was replaced under a running TPM.
+
 With a backup (swtpm 0.11's `backup`) the permanent state as it was before stays as `tpm2-00.permall.bak`. It takes the
 place of `tpm2-00.permall` where that is missing or damaged. swtpm renames one to the other and then writes, so that
 for a moment only the backup is there; here it is a second name of the old file, and both are always there.
@@ -16,6 +26,7 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 
 from crbd.errors import (
@@ -25,6 +36,7 @@ from crbd.errors import (
     StateError,
     StateForeignError,
     StoreError,
+    StoreFencedError,
 )
 from crbd.state.document import Document
 from crbd.state.kinds import StateKind
@@ -32,7 +44,15 @@ from crbd.state.saved import EngineStamp
 from crbd.state.side import SideState
 from crbd.state.swtpm import MAX_BLOB, decode_file, encode_file
 from crbd.state.swtpm_sealing import SwtpmKey
-from crbd.store.files import make_directory, modified, sync_directory, write_durably
+from crbd.store.files import (
+    is_there,
+    make_directory,
+    modified,
+    read_regular,
+    sync_directory,
+    unreadable,
+    write_durably,
+)
 from crbd.store.lockfile import LockFile
 from crbd.store.options import DEFAULT, PRIVATE, FileOptions
 from crbd.store.port import Estate
@@ -43,6 +63,7 @@ from crbd.store.snapshot import plain_snapshot, read_plain_snapshot
 log = logging.getLogger(__name__)
 
 BACKUP = ".bak"
+_OF = ".of-"
 
 
 class DirectoryStore:
@@ -63,6 +84,8 @@ class DirectoryStore:
         self._lock: LockFile | None = None
         self._locked = False
         self._held_a_tpm = False
+        self._ours: set[bytes] = set()
+        """Digests of permanent state that may lie there: as last read or written, and of writes that failed."""
         if not create:
             self._refuse_unless_there()
 
@@ -107,9 +130,11 @@ class DirectoryStore:
                     )
             self._settle()
             self._restore_missing()
+            self._settle_volatile()
             self._refuse_orphans()
             self._fall_back()
             self._adopt_modes()
+            self._know()
             undo.pop_all()
         self._lock, self._locked = lock, True
 
@@ -122,13 +147,13 @@ class DirectoryStore:
     def load(self, kind: StateKind) -> bytes | None:
         path = self._file(kind)
         try:
-            blob = self._read(path)
+            blob = read_regular(path, MAX_BLOB + 1)
         except FileNotFoundError:
+            if kind is StateKind.PERMANENT and self._locked and self._held_a_tpm:
+                raise self._gone() from None
             return None
         except OSError as error:
-            raise StateAccessError(
-                f"{path} cannot be read: {error.strerror}", "let the user that runs crbd read it"
-            ) from error
+            raise unreadable(path, error) from error
         return decode_file(blob, str(path), self._key)
 
     def load_side(self) -> SideState | None:
@@ -142,18 +167,17 @@ class DirectoryStore:
         if side is not None and after is None:
             raise ValueError("registers are kept beside volatile state, and there is none")
         try:
-            # Each is durable by itself: volatile state must not outlive a power cut that the permanent state before it
-            # does not.
-            if StateKind.PERMANENT in changes:
-                self._replace(StateKind.PERMANENT, changes[StateKind.PERMANENT])
-            if side is not None and after is not None:
-                self._side.prepare(before, after, side)
-            for kind in sorted(changes.keys() - {StateKind.PERMANENT}):
-                self._replace(kind, changes[kind])
+            self._refuse_if_fenced()
+            if {StateKind.PERMANENT, StateKind.VOLATILE} <= changes.keys() and self._has_volatile(after):
+                self._exchange(changes, before, side)
+            else:
+                self._write_one_by_one(changes, before, side)
             if side is None and StateKind.VOLATILE in changes:
                 self._side.remove()
             if StateKind.PERMANENT in changes:
                 self._held_a_tpm = changes[StateKind.PERMANENT] is not None
+        except StateError as error:
+            raise StoreError(f"TPM state in {self._path} could not be written: {error}") from error
         except OSError as error:
             raise StoreError(f"TPM state in {self._path} could not be written: {error.strerror}") from error
 
@@ -179,7 +203,7 @@ class DirectoryStore:
         For state that the engine rejects: a second call takes it back. Raises StateAccessError.
         """
         state, backup = self._file(StateKind.PERMANENT), self._backup
-        if not self._options.backup or not backup.exists():
+        if not self._options.backup or not is_there(backup):
             return False
         aside = state.with_name(f"{state.name}.tmp")
         try:
@@ -193,6 +217,7 @@ class DirectoryStore:
             raise StateAccessError(
                 f"{backup} cannot take the place of {state.name}: {error.strerror}", "let this user write there"
             ) from error
+        self._know()
         return True
 
     # -- looking
@@ -205,11 +230,24 @@ class DirectoryStore:
     def _file(self, kind: StateKind) -> Path:
         return self._path / f"tpm2-00.{kind.nvram_name}"
 
-    @staticmethod
-    def _read(path: Path) -> bytes:
-        """Up to one byte more than the largest blob, so that the decoder sees an oversized file and memory does not."""
-        with path.open("rb") as file:
-            return file.read(MAX_BLOB + 1)
+    def _digest(self) -> bytes | None:
+        """Of the permanent state's file; None where there is none. Raises OSError, StateForeignError."""
+        try:
+            return sha256(read_regular(self._file(StateKind.PERMANENT), MAX_BLOB + 1)).digest()
+        except FileNotFoundError:
+            return None
+
+    def _know(self) -> None:
+        """What lies there now is this process's to write over. Raises StateAccessError, StateForeignError."""
+        try:
+            found = self._digest()
+        except OSError as error:
+            raise unreadable(self._file(StateKind.PERMANENT), error) from error
+        self._ours = set() if found is None else {found}
+
+    def _has_volatile(self, after: bytes | None) -> bool:
+        """Whether there is any, or is to be. Raises StateAccessError."""
+        return after is not None or is_there(self._file(StateKind.VOLATILE))
 
     def _volatile(self) -> bytes | None:
         """As `load`; None too for what cannot be read: no registers belong to that."""
@@ -220,6 +258,9 @@ class DirectoryStore:
 
     def _absent(self) -> StateAbsentError:
         return StateAbsentError(f"{self._path} does not exist", "check the path, or make a new TPM there with --create")
+
+    def _gone(self) -> StateAbsentError:
+        return StateAbsentError(f"the TPM that was in {self._path} is gone", "see who removed it: none is made anew")
 
     def _unusable(self, why: str | None) -> StateAccessError:
         return StateAccessError(
@@ -247,7 +288,7 @@ class DirectoryStore:
     def _restore_missing(self) -> None:
         """As swtpm: a backup without the state it is of becomes the state. Raises StateAccessError."""
         state = self._file(StateKind.PERMANENT)
-        if not self._options.backup or state.exists() or not self._backup.exists():
+        if not self._options.backup or is_there(state) or not is_there(self._backup):
             return
         try:
             self._backup.replace(state)
@@ -264,18 +305,18 @@ class DirectoryStore:
         something was lost, this is no empty directory. StateAbsentError where a TPM was here before.
         """
         state = self._file(StateKind.PERMANENT)
-        if state.exists():
+        if is_there(state):
             self._held_a_tpm = True
             return
         if self._held_a_tpm:
-            raise StateAbsentError(f"the TPM that was in {self._path} is gone", "see who removed it: none is made anew")
-        if self._backup.exists():
+            raise self._gone()
+        if is_there(self._backup):
             raise StateDamagedError(
                 f"{state} is missing while {self._backup.name} is there",
                 f"if that is this TPM's newest state, rename it to {state.name}; else move it away",
             )
         for kind in (StateKind.VOLATILE, StateKind.SAVESTATE):
-            if self._file(kind).exists():
+            if is_there(self._file(kind)):
                 raise StateDamagedError(
                     f"{state} is missing while {self._file(kind).name} is there",
                     "restore the missing file from a backup; to give this TPM up, empty the directory",
@@ -302,16 +343,111 @@ class DirectoryStore:
 
     # -- writing
 
+    def _refuse_if_fenced(self) -> None:
+        """Raises StoreFencedError, StoreError, OSError."""
+        if self._lock is not None and self._lock.is_at(self._path / ".lock") is False:
+            raise StoreFencedError(
+                f"the lock file of {self._path} is another one than was locked: the state may be another program's by "
+                "now, and nothing is written there"
+            )
+        try:
+            found = self._digest()
+        except StateForeignError as error:
+            raise StoreFencedError(f"another program replaced the state: {error.what}") from error
+        if found is not None and found not in self._ours:
+            raise StoreFencedError(
+                f"another program wrote {self._file(StateKind.PERMANENT)}; this TPM is not the one on disk any more "
+                "and writes nothing"
+            )
+
+    def _write_one_by_one(
+        self, changes: Mapping[StateKind, bytes | None], before: bytes | None, side: SideState | None
+    ) -> None:
+        """Each durably by itself. Raises OSError."""
+        after = changes.get(StateKind.VOLATILE, before)
+        if StateKind.PERMANENT in changes:
+            self._replace_permanent(changes[StateKind.PERMANENT])
+        if side is not None and after is not None:
+            self._side.prepare(before, after, side)
+        for kind in sorted(changes.keys() - {StateKind.PERMANENT}):
+            self._replace(kind, changes[kind])
+
+    def _exchange(
+        self, changes: Mapping[StateKind, bytes | None], before: bytes | None, side: SideState | None
+    ) -> None:
+        """Permanent and volatile state, in the moment that the permanent state changes. Raises OSError, StateError."""
+        permanent, after = changes[StateKind.PERMANENT], changes[StateKind.VOLATILE]
+        volatile = self._file(StateKind.VOLATILE)
+        old, blob = self._digest(), None if permanent is None else encode_file(permanent, self._key)
+        try:
+            if side is not None and after is not None:
+                self._side.prepare(before, after, side)
+            if after is not None and blob is not None:
+                self._put(self._aside(sha256(blob).digest()), after)
+            if old is not None and is_there(volatile):
+                volatile.replace(self._aside(old))
+                sync_directory(self._path)
+            self._replace_permanent(permanent, blob)
+        finally:
+            # Whether that succeeded or not: what belongs to the permanent state that is there takes its name.
+            self._settle_volatile()
+        for kind in sorted(changes.keys() - {StateKind.PERMANENT, StateKind.VOLATILE}):
+            self._replace(kind, changes[kind])
+
+    def _aside(self, permanent: bytes) -> Path:
+        return self._path / f".{self._file(StateKind.VOLATILE).name}{_OF}{permanent.hex()}"
+
+    def _settle_volatile(self) -> None:
+        """What was put aside and belongs to the permanent state that is there becomes the volatile state.
+
+        Raises StateAccessError, StateForeignError.
+        """
+        volatile = self._file(StateKind.VOLATILE)
+        try:
+            asides = sorted(self._path.glob(f".*{volatile.name}{_OF}*"))
+            if not asides:
+                return
+            sync_directory(self._path)
+            found = self._digest()
+            for aside in asides:
+                if found is not None and aside == self._aside(found):
+                    aside.replace(volatile)
+            sync_directory(self._path)
+            for aside in asides:
+                aside.unlink(missing_ok=True)
+            sync_directory(self._path)
+        except OSError as error:
+            raise StateAccessError(
+                f"{volatile} cannot be put back: {error.strerror}", "let this user write there"
+            ) from error
+
+    def _replace_permanent(self, data: bytes | None, blob: bytes | None = None) -> None:
+        """`blob`: the file's bytes, where they are known. Raises OSError."""
+        if data is None:
+            self._replace(StateKind.PERMANENT, None)
+            self._ours = set()
+            return
+        if self._options.backup:
+            self._keep_backup()
+        blob = encode_file(data, self._key) if blob is None else blob
+        self._ours.add(digest := sha256(blob).digest())
+        self._put_blob(self._file(StateKind.PERMANENT), blob)
+        self._ours = {digest}
+
     def _replace(self, kind: StateKind, data: bytes | None) -> None:
         """Raises OSError."""
         path = self._file(kind)
         if data is None:
             path.unlink(missing_ok=True)
             sync_directory(self._path)
-            return
-        if kind is StateKind.PERMANENT and self._options.backup:
-            self._keep_backup()
-        write_durably(path, encode_file(data, self._key))
+        else:
+            self._put(path, data)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        self._put_blob(path, encode_file(data, self._key))
+
+    def _put_blob(self, path: Path, blob: bytes) -> None:
+        write_durably(path, blob)
         if self._options.mode != PRIVATE:
             path.chmod(self._options.mode)
 

@@ -31,6 +31,7 @@ from crbd.state.compatibility import check_engine
 from crbd.state.document import (
     Document,
     check_complete,
+    check_generation,
     check_identity,
     decode,
     encode,
@@ -40,7 +41,7 @@ from crbd.state.document import (
     reopen_seal,
     verify,
 )
-from crbd.state.header import FORMAT_VERSION
+from crbd.state.header import FORMAT_VERSION, MAX_GENERATION
 from crbd.state.keys import UserKey
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp, Identity, TpmState
@@ -204,7 +205,10 @@ class DocumentStore:
             savestate=wanted[StateKind.SAVESTATE],
         )
         self._keep_old_format()
-        data, digest = encode_hashed(following, self._seal)
+        try:
+            data, digest = encode_hashed(following, self._seal)
+        except StateError as error:
+            raise StoreError(f"{self._path}: {error}") from error
         self._slots.commit(data, digest)
         self._document = following
 
@@ -215,6 +219,7 @@ class DocumentStore:
 
     def read_snapshot(self, data: bytes, name: str) -> Document:
         header = verify(data, name)
+        check_generation(header, name)
         if self._document is None:
             raise StateAbsentError(f"{self._path} holds no TPM yet", "make it of the document: crbd state import")
         check_identity(header, self._document.identity.uuid, name)
@@ -293,6 +298,8 @@ class DocumentStore:
             return Document(identity, slots.writer_id, now)
         before = self._document
         generation = max(before.identity.generation, self._overtaken) + 1
+        if generation > MAX_GENERATION:
+            raise StoreError(f"{self._path} is at generation {generation - 1}, the last there can be")
         identity = replace(before.identity, generation=generation, writer=WRITER)
         return replace(before, identity=identity, writer_id=slots.writer_id, written=now)
 

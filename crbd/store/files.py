@@ -11,6 +11,7 @@ other name: that can be told from damage.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -256,6 +257,50 @@ def make_directory(path: Path) -> None:
     except OSError as error:
         remedy = "make the directory above it, writable for this user"
         raise StateAccessError(f"{path} cannot be made: {error.strerror}", remedy) from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, be it a link to nowhere: that is no absence. Raises StateAccessError."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return True
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Up to `limit` bytes of a file.
+
+    Raises OSError, or StateForeignError for what is no file: a link, too, which a replacement of the file would remove.
+    """
+    try:
+        # Without O_NONBLOCK a FIFO would hold the start up for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _no_file(path, "a symbolic link") from error
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise _no_file(path, "a directory" if stat.S_ISDIR(mode) else "a device or a pipe")
+        found = b""
+        while len(found) < limit and (piece := os.read(descriptor, limit - len(found))):
+            found += piece
+        return found
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(path: Path, error: OSError) -> StateAccessError:
+    """The error for what the operating system would not let be read."""
+    return StateAccessError(f"{path} cannot be read: {error.strerror}", "let the user that runs crbd read it")
+
+
+def _no_file(path: Path, what: str) -> StateForeignError:
+    return StateForeignError(f"{path} is no file: it is {what}", "put the state itself there; nothing was changed")
 
 
 def modified(path: Path) -> int | None:

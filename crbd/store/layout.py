@@ -15,13 +15,25 @@ from enum import Enum
 from pathlib import Path
 from uuid import UUID
 
-from crbd.errors import StateAbsentError, StateAccessError, StateForeignError, StateIdentityError, UsageError
+from crbd.errors import (
+    StateAbsentError,
+    StateAccessError,
+    StateDamagedError,
+    StateForeignError,
+    StateIdentityError,
+    UsageError,
+)
 from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.directory import open_directory
 from crbd.store.document import FILE_NAME, DocumentStore, NewTpm
 from crbd.store.linear import open_linear
 from crbd.store.options import DEFAULT, FileOptions
 from crbd.store.port import Store
+
+BEFORE_CONVERT = ".before-convert"
+"""How the names of files end that an in-place conversion kept."""
+CONVERTING = f"{FILE_NAME}.converting"
+"""A new `tpm.crbd` before it takes the old one's place; one that is there otherwise is left of a power cut."""
 
 
 class Layout(Enum):
@@ -58,6 +70,24 @@ def found_in(path: Path) -> Layout | None:
     return Layout.CRBD if crbd else Layout.SWTPM
 
 
+def is_kept(name: str) -> bool:
+    """Whether a file of that name was left by an upgrade or a conversion, for the case of need or for want of power."""
+    front, _, number = name.rpartition("-")
+    if name in (CONVERTING, f".{CONVERTING}.new"):
+        return True
+    return name.endswith(BEFORE_CONVERT) or (front == f"{FILE_NAME}.format" and number.isdecimal())
+
+
+def _refuse_kept(path: Path) -> None:
+    """Raises StateDamagedError for a place without state where a TPM was before."""
+    kept = sorted(entry.name for entry in path.iterdir() if is_kept(entry.name)) if path.is_dir() else []
+    if kept:
+        raise StateDamagedError(
+            f"{path} holds no TPM state, but {kept[0]}, which is left of a TPM that was there",
+            "restore that TPM; to give it up, move what is left of it away",
+        )
+
+
 def open_state(
     path: Path,
     *,
@@ -86,6 +116,8 @@ def open_state(
         raise StateAbsentError(
             f"there is no TPM state in {path}", "check the path, or make a new TPM there with --create"
         )
+    if there is None:
+        _refuse_kept(path)
     wanted = there or layout or Layout.CRBD
     if wanted is Layout.CRBD:
         if swtpm_key is not None:

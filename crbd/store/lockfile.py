@@ -7,6 +7,7 @@ The holder's pid stands in the file, for messages only: the lock itself, not the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -51,6 +52,17 @@ class LockFile:
         Raises StateLockedError if another process holds it, StateAbsentError if its directory is not there,
         StateAccessError if it cannot be opened.
         """
+        while True:
+            lock = cls._acquire(path, mode)
+            if lock.is_at(path):
+                break
+            # It was removed between its opening and its locking: whoever comes next would lock another file.
+            lock.release()
+        lock._say(f"{os.getpid()}\n")
+        return lock
+
+    @classmethod
+    def _acquire(cls, path: Path, mode: int) -> LockFile:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         except FileNotFoundError as error:
@@ -67,9 +79,23 @@ class LockFile:
         except (StateLockedError, StateAccessError):
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return cls(descriptor)
+
+    def is_at(self, path: Path) -> bool | None:
+        """Whether the file that is locked is the one at `path`; None where none is there. Raises OSError."""
+        assert self._descriptor is not None
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        return (found.st_dev, found.st_ino) == _identity(self._descriptor)
+
+    def _say(self, text: str) -> None:
+        """For messages of others. A disk that is full or broken keeps nobody from locking."""
+        assert self._descriptor is not None
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
 
     @property
     def descriptor(self) -> int | None:
@@ -79,7 +105,7 @@ class LockFile:
     def release(self) -> None:
         """Give the lock back; the file stays, as swtpm's does. Releasing twice is no error."""
         if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
+            self._say("")
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -30,16 +30,12 @@ from crbd.state.header import MAX_DOCUMENT, peek_header
 from crbd.state.slots import MAGIC as SLOT_MAGIC
 from crbd.store.document import FILE_NAME
 from crbd.store.files import make_directory, sync_directory, write_durably
-from crbd.store.layout import Layout, found_in
+from crbd.store.layout import Layout, found_in, is_kept
 from crbd.store.linear import MAGIC as LINEAR_MAGIC
 from crbd.store.lockfile import LockFile
 from crbd.store.side import NAME as REGISTERS
 from crbd.store.slots import Loaded, SlotFile
 
-BEFORE_CONVERT = ".before-convert"
-"""How the names of files end that an in-place conversion kept."""
-CONVERTING = f"{FILE_NAME}.converting"
-"""A new `tpm.crbd` before it takes the old one's place; one that is there otherwise is left of a power cut."""
 _LOCK_NAME = ".lock"
 
 
@@ -137,17 +133,10 @@ def kept_files(directory: Path) -> list[Path]:
     Raises StateAccessError.
     """
     try:
-        names = sorted(path for path in directory.iterdir() if _is_kept(path.name))
+        names = sorted(path for path in directory.iterdir() if is_kept(path.name))
     except OSError as error:
         raise StateAccessError(f"{directory} cannot be read: {error.strerror}", "let this user read it") from error
     return names
-
-
-def _is_kept(name: str) -> bool:
-    front, _, number = name.rpartition("-")
-    if name in (CONVERTING, f".{CONVERTING}.new"):
-        return True
-    return name.endswith(BEFORE_CONVERT) or (front == f"{FILE_NAME}.format" and number.isdecimal())
 
 
 def read_document(path: Path) -> bytes:

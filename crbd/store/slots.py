@@ -27,6 +27,7 @@ from pathlib import Path
 from crbd.errors import StateAccessError, StateDamagedError, StoreError, StoreFencedError
 from crbd.state.slots import (
     BLOCK,
+    MAX_GENERATION,
     MAX_PAYLOAD,
     SECTOR,
     SLOT_OFFSETS,
@@ -153,6 +154,8 @@ class SlotFile:
         """
         if len(payload) > MAX_PAYLOAD:
             raise StoreError(f"{len(payload)} bytes of TPM state do not fit {self._path} (at most {MAX_PAYLOAD})")
+        if self._generation >= MAX_GENERATION:
+            raise StoreError(f"{self._path} is at generation {self._generation}, the last there can be")
         if digest is None:
             digest = hashlib.sha256(payload).digest()
         file = self._file

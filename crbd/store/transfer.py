@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from crbd.errors import StateAbsentError, StateError, UsageError
+from crbd.errors import StateAbsentError, StateDamagedError, StateError, UsageError
 from crbd.state.ciphers import wipe
 from crbd.state.document import (
     Document,
     check_complete,
+    check_generation,
     check_identity,
     decode,
     encode,
@@ -30,7 +31,7 @@ from crbd.state.document import (
     rewrap,
     verify,
 )
-from crbd.state.header import FORMAT_VERSION, WRITER_ID_SIZE
+from crbd.state.header import FORMAT_VERSION, MAX_GENERATION, WRITER_ID_SIZE
 from crbd.state.keys import KeySlot, UserKey, unwrap
 from crbd.state.sealing import Seal
 from crbd.store.offline import OfflineState
@@ -52,7 +53,9 @@ def opened(data: bytes, keys: tuple[UserKey, ...], name: str) -> Iterator[tuple[
 
 
 def rewritten(document: Document, generation: int, writer_id: bytes) -> Document:
-    """The same instance and contents as a document of this process, now."""
+    """The same instance and contents as a document of this process, now. Raises StateDamagedError past the last one."""
+    if generation > MAX_GENERATION:
+        raise StateDamagedError(f"generation {generation - 1} is the last there can be", "clone it: crbd state clone")
     identity = replace(document.identity, generation=generation, writer=WRITER)
     return replace(document, identity=identity, writer_id=writer_id, written=int(time.time()))
 
@@ -119,7 +122,9 @@ def roll_back(state: OfflineState, data: bytes, keys: tuple[UserKey, ...], name:
     document; else a StateError. Nothing was changed then.
     """
     with opened(state.current().payload, keys, state.name) as (current, seal):
-        check_identity(verify(data, name), current.identity.uuid, name)
+        header = verify(data, name)
+        check_identity(header, current.identity.uuid, name)
+        check_generation(header, name)
         taken = _taken(data, keys, seal, name)
         lost, back = current.identity.generation, taken.identity.generation
         if not allowed:

@@ -34,6 +34,7 @@ COMMITS: list[tuple[Changes, SideState | None]] = [
     ({VOLATILE: None}, None),
     ({PERMANENT: b"three", VOLATILE: b"x"}, side(4)),
     ({VOLATILE: b"y"}, None),
+    ({PERMANENT: b"another", VOLATILE: b"of another"}, side(5)),
     ({PERMANENT: b"four", VOLATILE: None}, None),
 ]
 
@@ -45,7 +46,8 @@ def state_of(store: Store) -> State:
 @pytest.mark.parametrize("backup", [False, True])
 def test_every_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backup: bool) -> None:
     """After each, permanent state is as last acknowledged or as asked for since, and so is volatile state together
-    with the registers that belong to it; nothing is unreadable.
+    with the registers that belong to it; nothing is unreadable. Where one commit changes both, they change together:
+    no TPM is found with the volatile state of another.
     """
     root = tmp_path / "state"
     root.mkdir()
@@ -77,6 +79,9 @@ def test_every_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backup: bo
         near = states[acknowledged : acknowledged + 2]
         assert permanent in [state[0] for state in near], tree
         assert volatile in [list(state[1:]) for state in near], tree
+        under_way = COMMITS[acknowledged][0] if acknowledged < len(COMMITS) else {}
+        if {PERMANENT, VOLATILE} <= under_way.keys():
+            assert seen[key] in near, tree
         outcomes.add((acknowledged, permanent == near[-1][0], volatile == list(near[-1][1:])))
     for number in range(len(COMMITS)):
         assert {found for found in outcomes if found[0] == number} > {(number, True, True)} or number in (0, 6)

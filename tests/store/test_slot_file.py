@@ -31,7 +31,16 @@ from crbd.errors import (
     StoreError,
     StoreFencedError,
 )
-from crbd.state.slots import MAX_PAYLOAD, SECTOR, SLOT_OFFSETS, Condition, check_payload, decode_head, encode_slot
+from crbd.state.slots import (
+    MAX_GENERATION,
+    MAX_PAYLOAD,
+    SECTOR,
+    SLOT_OFFSETS,
+    Condition,
+    check_payload,
+    decode_head,
+    encode_slot,
+)
 from crbd.store.slots import Loaded, SlotFile
 
 FIRST, SECOND = SLOT_OFFSETS
@@ -481,3 +490,14 @@ def sealed(**fields: int) -> bytes:
 def test_fields_out_of_range(sector: bytes) -> None:
     assert decode_head(sector).condition is Condition.DAMAGED
     assert decode_head(sealed()).condition is Condition.INTACT
+
+
+def test_after_the_last_generation_there_is_none(path: Path) -> None:
+    path.write_bytes(encode_slot(MAX_GENERATION, 0, bytes(16), b"state").ljust(SLOT_OFFSETS[1] + SECTOR, b"\0"))
+    slots = SlotFile.open(path, create=False)
+    with pytest.raises(StoreError, match="the last there can be"):
+        slots.commit(b"more")
+    loaded = slots.load()
+    assert loaded is not None
+    assert loaded.payload == b"state"
+    slots.close()

@@ -13,6 +13,7 @@ from crbd.errors import (
     StateAbsentError,
     StateAccessError,
     StateDamagedError,
+    StateForeignError,
     StateLockedError,
     StateSealedError,
     StoreError,
@@ -91,12 +92,9 @@ def test_an_oversized_file_is_refused_without_being_read(tmp_path: Path) -> None
 
 def test_a_directory_in_place_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "tpm2-00.permall").mkdir()
-    store = open_directory(tmp_path, create=False)
-    with pytest.raises(StateAccessError, match="cannot be read"):
-        store.load(PERMANENT)
-    with pytest.raises(StoreError, match="could not be written"):
-        store.commit({PERMANENT: b"x"})
-    store.close()
+    for create in (False, True):
+        with pytest.raises(StateForeignError, match="permall is no file: it is a directory"):
+            open_directory(tmp_path, create=create)
 
 
 def test_volatile_state_without_its_permanent_state_is_damage(tmp_path: Path) -> None:
