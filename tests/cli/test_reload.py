@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -298,6 +298,105 @@ def test_a_program_that_is_gone_between_trial_and_exec(tmp_path: Path) -> None:
             data.socket.close()
             assert waiting.response() == before
         assert end(process)[0] == 0
+
+
+WAITING = """import os, sys, time
+if os.environ.get("CRBD_HANDOVER", "trial").partition(":")[0] != "trial":
+    open({started!r}, "w").close()
+    while not os.path.exists({go!r}):
+        time.sleep(0.01)
+"""
+
+
+def slow_to_start(script: Path, place: Path) -> tuple[Path, Path]:
+    """Let the program begin its start as a successor with `started`, and go on only when there is a file `go`."""
+    started, go = place / "started", place / "go"
+    waiting = WAITING.format(started=str(started), go=str(go))
+    script.write_text(script.read_text().replace("import sys\n", waiting))
+    return started, go
+
+
+@pytest.mark.slow
+def test_commands_are_run_while_the_new_program_starts(tmp_path: Path) -> None:
+    """However long that takes: the copy that was left behind runs them, and what it did is there afterwards."""
+    script = installed_copy(tmp_path / "shadow")
+    state = ["--state", str(tmp_path / "state"), "--create"]
+    with (
+        serving_script(script, tmp_path, state) as process,
+        Client(tmp_path / "data") as data,
+        Client(tmp_path / "ctrl") as ctrl,
+    ):
+        started, go = slow_to_start(script, tmp_path)
+        ctrl.socket.sendall(UPGRADE)
+        wait_until(started.exists, "the start of the new program")
+        for number in range(5):
+            assert c.code(data.run(c.pcr_extend(16, number.to_bytes(32, "big")))) == c.SUCCESS
+        assert c.code(data.run(c.nv_define(8))) == c.SUCCESS
+        assert c.code(data.run(c.nv_write(b"12345678"))) == c.SUCCESS
+        data.socket.sendall(c.pcr_read(16)[:9])
+        go.touch()
+        head = ctrl.receive(12)
+        assert head[7] == 1
+        ctrl.receive(int.from_bytes(head[8:12], "big"))
+        data.socket.sendall(c.pcr_read(16)[9:])
+        assert c.pcr_value(data.response()) == chain(5)
+        assert c.nv_value(data.run(c.nv_read(8))) == b"12345678"
+        assert children_of(process.pid) == [], "the copy is gone"
+        assert end(process)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_new_program_that_dies_while_it_starts(tmp_path: Path) -> None:
+    """The copy does not live on: the lock is free, and all that was answered is there for the next start."""
+    script = installed_copy(tmp_path / "shadow")
+    state = ["--state", str(tmp_path / "state"), "--create"]
+    with serving_script(script, tmp_path, state) as process, Client(tmp_path / "data") as data:
+        started, _ = slow_to_start(script, tmp_path)
+        with Client(tmp_path / "ctrl") as ctrl:
+            ctrl.socket.sendall(UPGRADE)
+            wait_until(started.exists, "the start of the new program")
+            assert c.code(data.run(c.nv_define(8))) == c.SUCCESS
+            assert c.code(data.run(c.nv_write(b"12345678"))) == c.SUCCESS
+            (copy,) = children_of(process.pid)
+            process.kill()
+            process.wait()
+            wait_until(lambda: not Path(f"/proc/{copy}/task").exists() or ends(copy), "the end of the copy")
+    for name in ("pid", "ctrl", "data"):
+        (tmp_path / name).unlink()
+    with serving(tmp_path, "--state", tmp_path / "state", *sockets(tmp_path)), Client(tmp_path / "data") as data:
+        assert c.nv_value(data.run(c.nv_read(8))) == b"12345678"
+
+
+@pytest.mark.slow
+def test_a_data_client_that_goes_while_the_new_program_starts(tmp_path: Path) -> None:
+    script = installed_copy(tmp_path / "shadow")
+    with serving_script(script, tmp_path) as process, Client(tmp_path / "ctrl") as ctrl:
+        with Client(tmp_path / "data") as data:
+            started, go = slow_to_start(script, tmp_path)
+            ctrl.socket.sendall(UPGRADE)
+            wait_until(started.exists, "the start of the new program")
+            data.run(c.pcr_extend(16, bytes(32)))
+        go.touch()
+        head = ctrl.receive(12)
+        assert head[7] == 1
+        ctrl.receive(int.from_bytes(head[8:12], "big"))
+        with Client(tmp_path / "data") as other:
+            assert c.pcr_value(other.run(c.pcr_read(16))) == chain(1)
+        assert end(process)[0] == 0
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that it started and that still run."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if not ends(int(child))]
+
+
+def ends(pid: int) -> bool:
+    """Whether it is gone, or a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def installed_copy(place: Path) -> Path:
