@@ -156,7 +156,8 @@ def left_behind(document: Document) -> list[str]:
 
     Raises StateDowngradeError for a command under way: swtpm would lose it.
     """
-    if document.crb is not None and document.crb.transfer is not None:
+    transfer = None if document.crb is None or document.checkpoint else document.crb.transfer
+    if transfer is not None and (transfer.command or transfer.offset < len(transfer.response)):
         raise StateDowngradeError(
             "a command or a response is under way in the registers, which swtpm does not read",
             "let the guest finish it and go idle",

@@ -182,3 +182,14 @@ def _asked(client: socket.socket, command: bytes, size: int) -> bytes:
 
 def _extended(value: bytes) -> bytes:
     return hashlib.sha256(value + b"\x11" * 32).digest()
+
+
+def test_swtpm_is_given_no_checkpoint(tmp_path: Path) -> None:
+    """It would go on from it at the next boot."""
+    with lives(tmp_path, *ON, "--checkpoint", "every-command", "--create"):
+        extend(tmp_path, 1)
+    assert document(tmp_path / "tpm").checkpoint
+    done = crbd("state", "convert", tmp_path / "tpm", "--to", "swtpm", "--out", tmp_path / "swtpm")
+    assert done.status == 0
+    assert "a checkpoint" in done.out + done.err
+    assert sorted(path.name for path in (tmp_path / "swtpm").iterdir()) == [".lock", "tpm2-00.permall"]
