@@ -8,6 +8,7 @@ from typing import Any
 from crbd import __version__
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine
+from crbd.server.seccomp import can_filter
 from crbd.service.durable import DurableState
 from crbd.store.memory import MemoryStore
 
@@ -21,12 +22,15 @@ INFO_COMMANDS = 16
 INFO_PROFILES = 64
 """libtpms' TPMLIB_INFO_*: what `--print-info` adds up."""
 
-_ALWAYS = (
+_FIRST = (
     "tpm-2.0",
     "tpm-send-command-header",
     "flags-opt-startup",
     "flags-opt-disable-auto-shutdown",
     "ctrl-opt-terminate",
+)
+_WITH_FILTER = ("cmdarg-seccomp",)
+_THEN = (
     "cmdarg-key-fd",
     "cmdarg-pwd-fd",
     "cmdarg-print-states",
@@ -61,7 +65,8 @@ def capabilities_json() -> str:
         profiles = _profiles(engine) if engine.supports_profiles else ""
     finally:
         engine.close()
-    features = ", ".join(f'"{name}"' for name in (*_ALWAYS, *sizes, *with_profiles, *_LAST))
+    with_filter = _WITH_FILTER if can_filter() else ()
+    features = ", ".join(f'"{name}"' for name in (*_FIRST, *with_filter, *_THEN, *sizes, *with_profiles, *_LAST))
     return f'{{ "type": "swtpm", "features": [ {features} ], "profiles": {{ {profiles}}}, "version": "{LEVEL}" }}'
 
 
@@ -138,8 +143,9 @@ The following options are supported:
 --pcap file=<path>|fd=<fd>[,truncate][,mode=0...][,checksums]
                  : write commands and responses into a pcapng file, for Wireshark;
                    its mode is octal, 0640 by default
---seccomp action=none
-                 : no system call is filtered
+--seccomp action=kill|log|none
+                 : what becomes of system calls that are not needed once clients are served:
+                   they end the program or fail (default), are logged, or done
 --print-capabilities
                  : print what this program can do and end
 --print-states   : print what lies at --tpmstate and end

@@ -176,13 +176,18 @@ def program(machine: str, action: Action, *, upgradable: bool) -> bytes:
     )
 
 
+def can_filter() -> bool:
+    """Whether there is a filter for this machine."""
+    return syscalls.machine() in MACHINES
+
+
 def install(action: Action, *, upgradable: bool) -> None:
     """Filter the calls of this process from now on, all its threads, for good. Needs no_new_privs (crbd.server.walls).
 
     Raises WallError where there is no filter to be had.
     """
     machine = syscalls.machine()
-    if machine not in MACHINES:
+    if not can_filter():
         raise WallError(f"there is no filter of system calls for {machine}", "switch it off: seccomp action none")
     try:
         syscalls.install_filter(program(machine, action, upgradable=upgradable))

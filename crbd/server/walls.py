@@ -28,7 +28,7 @@ from crbd.server import seccomp, syscalls
 from crbd.server.daemon import DaemonOptions
 from crbd.server.endpoint import UnixEndpoint
 from crbd.server.landlock import CLEAN, KEEP, READ, Files, Place, restrict
-from crbd.server.seccomp import MACHINES, Action
+from crbd.server.seccomp import Action, can_filter
 from crbd.server.succession import Program
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Walls:
         return version > 0
 
     def _filter(self) -> bool:
-        if not self.seccomp_required and syscalls.machine() not in MACHINES:
+        if not self.seccomp_required and not can_filter():
             log.warning("system calls are not filtered: there is no filter for %s", syscalls.machine())
             return False
         seccomp.install(self.seccomp, upgradable=self.program is not None)

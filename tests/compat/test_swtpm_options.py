@@ -73,9 +73,8 @@ REFUSED = {
     "--tpm2 --pcap file=/no/pcap": "swtpm: Could not open pcap file for writing: No such file or directory",
     "--tpm2 --pcap fd=9999": "swtpm: Could not seek to desired position in pcap file: Bad file descriptor",
     "--tpm2 --pcap truncate": "swtpm: Could not chmod the pcap file: Bad file descriptor",
-    "--tpm2 --seccomp action=kill": (
-        "swtpm: Unsupported seccomp log action kill: there is no filter here: use action=none"
-    ),
+    "--tpm2 --seccomp action=foo": "swtpm: Unsupported seccomp log action foo",
+    "--tpm2 --seccomp foo": "swtpm: Error parsing seccomp options: Unknown option 'foo'",
     "--tpm2 --profile fd=-1": "swtpm: No profile option parameter given to get a profile",
     "--tpm2 --print-states": "swtpm: Error: --tpmstate option is required for --print-states",
 }
