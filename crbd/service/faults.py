@@ -124,9 +124,7 @@ def _parse_fault(text: str, where: str) -> Fault:
     target = _parse_target(match["target"], where)
     action = _parse_action(match["action"], where)
     if isinstance(action, WriteError) != (target == "store"):
-        raise UsageError(
-            f"{where}: {text!r} fits no command", f"only store takes {', '.join(_ERRORS)}, and it nothing else"
-        )
+        raise UsageError(f"{where}: {text!r} cannot be", f"store takes {', '.join(_ERRORS)}, and commands the rest")
     return Fault(text, target, action, first, last)
 
 

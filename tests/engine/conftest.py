@@ -10,6 +10,8 @@ import pytest
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
+from crbd.service.faults import FaultPlan
+from crbd.service.injection import FaultyEngine
 from crbd.state.kinds import StateKind
 
 
@@ -42,14 +44,16 @@ class MemoryStatePort:
 EngineFactory = Callable[[StatePort], Engine]
 
 
-@pytest.fixture(params=["fake", "libtpms"])
+@pytest.fixture(params=["fake", "libtpms", "no faults"])
 def engine_factory(request: pytest.FixtureRequest) -> Iterator[EngineFactory]:
     """Makes engines for a port. A new one closes the one before: libtpms allows one at a time."""
     with ExitStack() as stack:
 
         def make(port: StatePort) -> Engine:
             stack.close()
-            engine = FakeEngine(port) if request.param == "fake" else LibtpmsEngine(port)
+            engine: Engine = LibtpmsEngine(port) if request.param == "libtpms" else FakeEngine(port)
+            if request.param == "no faults":
+                engine = FaultyEngine(engine, port, FaultPlan())
             stack.callback(engine.close)
             return engine
 

@@ -10,6 +10,8 @@ from uuid import UUID
 import pytest
 
 from crbd.errors import StateAbsentError, StateError, StateLockedError, StoreError
+from crbd.service.faults import FaultPlan
+from crbd.service.injection import FaultyStore
 from crbd.state.keys import RawKey
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp, Session
@@ -66,10 +68,19 @@ def open_it(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     return opener(tmp_path / "state", *request.param)
 
 
-@pytest.fixture(params=["memory", *KEPT], ids=lambda case: case if case == "memory" else f"{case[0].value} {case[1]}")
+def named(case: str | tuple[Layout, str]) -> str:
+    return case if isinstance(case, str) else f"{case[0].value} {case[1]}"
+
+
+@pytest.fixture(params=["memory", "no faults", *KEPT], ids=named)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """A new and locked one of every layout, and the ephemeral one."""
-    made = MemoryStore() if request.param == "memory" else opener(tmp_path / "state", *request.param)(create=True)
+    """A new and locked one of every layout, the ephemeral one, and that without faults."""
+    if isinstance(request.param, str):
+        made: Store = MemoryStore()
+        if request.param == "no faults":
+            made = FaultyStore(made, FaultPlan())
+    else:
+        made = opener(tmp_path / "state", *request.param)(create=True)
     made.use_engine(ENGINE)
     yield made
     made.close()
