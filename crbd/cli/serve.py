@@ -221,7 +221,7 @@ def _daemon_options(
     inherited: Inheritance | None,
 ) -> DaemonOptions:
     endpoints = _endpoints(arguments, sockets, inherited)
-    if arguments.fd_store and not os.environ.get("NOTIFY_SOCKET"):
+    if arguments.fd_store and inherited is None and not os.environ.get("NOTIFY_SOCKET"):
         raise UsageError("--fd-store: no service manager listens", "start crbd from a unit with Type=notify")
     return DaemonOptions(
         ctrl=endpoints.get("ctrl"),

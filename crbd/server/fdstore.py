@@ -191,6 +191,7 @@ def _drop(left: Mapping[str, int]) -> None:
     _close(left.values())
     try:
         forget(left)
+        barrier()  # the store's lock is wanted next
     except OSError as error:
         log.warning("the service manager keeps what nobody will use: %s", error)
 
