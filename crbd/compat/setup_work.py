@@ -87,9 +87,10 @@ class _Overwritten(MemoryStore):
         self._behind.use_engine(stamp)
 
     def commit(self, changes: Mapping[StateKind, bytes | None], side: SideState | None = None) -> None:
-        # The old TPM's volatile state never meets the new TPM, not even in a power cut.
-        self._behind.commit({kind: None for kind in StateKind if kind is not StateKind.PERMANENT})
-        self._behind.commit(changes, side)
+        # The old TPM's volatile state goes with it, in one commit: neither meets the other's, not even in a power cut.
+        nothing: dict[StateKind, bytes | None] = dict.fromkeys(StateKind)
+        wanted = {kind: self.load(kind) for kind in StateKind} | dict(changes)
+        self._behind.commit(nothing | wanted, side)
         super().commit(changes, side)
 
     def close(self) -> None:

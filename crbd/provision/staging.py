@@ -52,16 +52,13 @@ class StagedStore(MemoryStore):
         `ek_fingerprint` goes into the identity where the layout has one: SHA-256 of the endorsement key's public area,
         empty for none, None for the one that was there.
 
-        What volatile state of another TPM was there is removed first. Raises StateWriteError; the permanent state is
-        as before then.
+        What volatile state of another TPM was there goes with it. Raises StateWriteError; all is as before then.
         """
-        others: dict[StateKind, bytes | None] = {kind: None for kind in StateKind if kind is not StateKind.PERMANENT}
+        nothing: dict[StateKind, bytes | None] = dict.fromkeys(StateKind)
         try:
-            if any(self._behind.load(kind) is not None for kind in others):
-                self._behind.commit(others)
             if ek_fingerprint is not None and isinstance(self._behind, DocumentStore):
                 self._behind.name_endorsement_key(ek_fingerprint)
-            self._behind.commit({StateKind.PERMANENT: self.load(StateKind.PERMANENT)})
+            self._behind.commit(nothing | {StateKind.PERMANENT: self.load(StateKind.PERMANENT)})
         except StoreError as error:
             raise StateWriteError.of(error) from error
 

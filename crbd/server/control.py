@@ -174,7 +174,8 @@ class _Conversation:
         self._spoke = True
         if link.owed and owed is not None:
             self._unsent += m.encode_reply(owed)
-        if link.has_turn:
+        # Should two claim it, the second waits for it like everybody else.
+        if link.has_turn and not self._turn.locked():
             self._turn.acquire_nowait()
             self._has_turn = True
 

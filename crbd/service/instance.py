@@ -400,7 +400,14 @@ class Instance(Lifecycle):
         an empty blob takes it back. `encrypted`: its state is encrypted by the file key. Raises EngineError,
         StateError.
         """
-        with self._lock, self._custody.taken():
+        with self._lock:
+            if self._powered:
+                # A TPM that runs keeps its lock, whatever becomes of the blob.
+                raise EngineError("SET_STATEBLOB of a TPM that is on", TpmResult.BAD_ORDINAL)
+            self._take_blob(kind, blob, encrypted=encrypted)
+
+    def _take_blob(self, kind: StateKind, blob: bytes, *, encrypted: bool) -> None:
+        with self._custody.taken():
             self._blobs.hand_in(kind, blob, encrypted=encrypted)
 
     def buffer_size(self, wanted: int) -> BufferSize:

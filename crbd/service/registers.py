@@ -26,6 +26,7 @@ from crbd.crb.device import CrbDevice
 from crbd.crb.effects import Cancel, Effect
 from crbd.crb.snapshot import CrbSnapshot
 from crbd.crb.spec import Offset
+from crbd.errors import StateDamagedError
 from crbd.service.served import ServedRegisters
 
 HASH_LOCALITY = 4
@@ -78,7 +79,7 @@ class Registers:
             self.served.thaw(snapshot, live=live)
             return
         with self.lock:
-            self.device = CrbDevice.thaw(self.device.config, snapshot)
+            self.device = self._thawed(snapshot)
 
     def after(self, response: bytes | None) -> CrbSnapshot:
         """The registers as they will be when the command under way is answered; without a response, as they are."""
@@ -97,7 +98,14 @@ class Registers:
         if self.served is not None:
             self.served.check(snapshot)
             return
-        CrbDevice.thaw(self.device.config, snapshot)
+        self._thawed(snapshot)
+
+    def _thawed(self, snapshot: CrbSnapshot) -> CrbDevice:
+        device = CrbDevice.thaw(self.device.config, snapshot)
+        if device.executing is not None:
+            # Nothing of these outlives a command. Nobody would ever answer this one, and all others find it in the way.
+            raise StateDamagedError("the registers have a command under way that nobody runs", "take another state")
+        return device
 
     def fail(self) -> None:
         """The command under way could not be carried out: tpmSts."""

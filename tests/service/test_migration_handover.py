@@ -9,13 +9,22 @@ import pytest
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
-from crbd.errors import CrbdError, StateAbsentError, StateForeignError, StateLockedError, StoreError, StoreFencedError
+from crbd.errors import (
+    CrbdError,
+    EngineError,
+    StateAbsentError,
+    StateForeignError,
+    StateLockedError,
+    StoreError,
+    StoreFencedError,
+)
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions
 from crbd.state.kinds import StateKind
-from crbd.state.swtpm import decode_migration
+from crbd.state.swtpm import decode_migration, encode_migration
 from crbd.store.layout import Layout
 from crbd.tpm.head import response_code
+from crbd.tpm.results import TpmResult
 from tests.engine import commands as c
 
 from .instances import Bench
@@ -319,3 +328,18 @@ def test_there_and_back_again(path: Path, layout: Layout) -> None:
 def _contents(path: Path) -> dict[str, bytes]:
     """Of the files, but what is in a lock file is for people only."""
     return {file.name: b"" if file.name == ".lock" else file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("blob", [b"", b"no blob at all", encode_migration(b"x" * 100)])
+def test_a_destination_that_runs_keeps_its_lock_whatever_it_is_handed(path: Path, blob: bytes) -> None:
+    source = started(path, Layout.CRBD)
+    destination = destination_at(path)
+    receive(destination, blobs_of(source))
+    with pytest.raises(EngineError) as refused:
+        destination.set_state_blob(PERMANENT, blob)
+    assert refused.value.result == TpmResult.BAD_ORDINAL
+    with pytest.raises(StateLockedError):
+        opened(path, Layout.CRBD)
+    assert run(destination, c.GET_RANDOM) == c.SUCCESS
+    destination.close()
+    source.close()

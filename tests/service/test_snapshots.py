@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crbd.crb.device import CrbDevice
 from crbd.engine.fake import FakeEngine
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EngineError, StateError, StateIdentityError, StateUnsealedError, StoreError
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
+from crbd.state.crb import saved
 from crbd.state.document import decode, encode, verify
 from crbd.state.keys import RawKey
 from crbd.state.kinds import StateKind
@@ -27,6 +29,7 @@ from crbd.state.swtpm_sealing import SwtpmKey
 from crbd.store.document import NewTpm
 from crbd.store.layout import Layout, open_state
 from crbd.store.memory import MemoryStore
+from crbd.store.offline import create_state
 from crbd.store.port import Store
 from tests.engine import commands as c
 from tests.state import samples as s
@@ -292,3 +295,76 @@ def test_a_document_of_a_uuid_that_is_nobodys(tmp_path: Path) -> None:
     other = replace(document, identity=replace(document.identity, uuid=uuid4()))
     life.instance.restore(encode(other), allow_rollback=True)
     life.instance.close()
+
+
+# -- documents that say what no TPM of ours would
+
+
+def restamped(data: bytes, **changes: int) -> bytes:
+    """The document with another generation or time."""
+    document = decode(data)
+    identity = replace(document.identity, generation=changes.get("generation", document.identity.generation))
+    return encode(replace(document, identity=identity, written=changes.get("written", document.written)))
+
+
+def test_a_restore_that_was_refused_does_not_move_the_generation(tmp_path: Path) -> None:
+    life = Life(STORES["crbd"](tmp_path)).begin()
+    data = restamped(life.instance.snapshot(), generation=1 << 40)
+    with pytest.raises(StateError, match="--allow-rollback"):
+        life.instance.restore(data, allow_rollback=False)
+    life.write(b"second..")
+    assert verify(life.instance.snapshot()).generation < 100
+    life.instance.close()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("generation", [1 << 63, (1 << 64) - 1])
+def test_a_generation_that_no_tpm_comes_to(tmp_path: Path, generation: int, allowed: bool) -> None:
+    """Built upon it, the next commit might be the last."""
+    life = Life(STORES["crbd"](tmp_path)).begin()
+    data = restamped(life.instance.snapshot(), generation=generation)
+    with pytest.raises(StateError, match="no TPM comes to"):
+        life.instance.restore(data, allow_rollback=allowed)
+    life.write(b"second..")
+    life.instance.close()
+
+
+@pytest.mark.parametrize("store", ["crbd", "swtpm"])
+def test_a_time_that_no_calendar_has(tmp_path: Path, store: str) -> None:
+    life = Life(STORES[store](tmp_path)).begin()
+    data = restamped(life.instance.snapshot(), written=(1 << 64) - 1)
+    assert "is the TPM again" in life.instance.restore(data, allow_rollback=True)
+    life.write(b"second..")
+    life.instance.close()
+
+
+def test_a_tpm_last_written_at_no_time_is_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    life = Life(STORES["crbd"](tmp_path), LibtpmsEngine).begin()
+    data = restamped(life.instance.snapshot(), written=(1 << 64) - 1)
+    life.instance.close()
+    create_state(tmp_path / "hostile", data)
+    store = STORES["crbd"](tmp_path / "hostile")
+    again = Life(store, LibtpmsEngine)
+    again.instance.check()
+    assert "was not shut down (last written second 18446744073709551615" in caplog.text
+    again.instance.close()
+
+
+def test_registers_with_a_command_under_way_are_nobodys(tmp_path: Path) -> None:
+    """No answer would ever come, and every command find the TPM busy."""
+    life = Life(STORES["crbd"](tmp_path)).begin()
+    document = decode(life.instance.snapshot())
+    device = CrbDevice(life.instance._registers.device.config)
+    device.submit(0, c.GET_RANDOM)
+    data = encode(replace(document, crb=saved(device.freeze())))
+    with pytest.raises(StateError, match="command under way"):
+        life.instance.restore(data, allow_rollback=True)
+    life.write(b"second..")
+    life.instance.close()
+    create_state(tmp_path / "hostile", data)
+    store = STORES["crbd"](tmp_path / "hostile")
+    again = Life(store)
+    again.instance = Instance(FakeEngine, store, InstanceOptions(startup=Startup.CLEAR))
+    again.instance.begin()
+    again.write(b"third...")
+    again.instance.close()
