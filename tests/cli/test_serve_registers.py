@@ -34,7 +34,8 @@ def test_alone_it_powers_the_tpm_on_and_keeps_its_state(tmp_path: Path) -> None:
 
 
 def test_a_killed_daemon_loses_nothing_that_was_answered(tmp_path: Path) -> None:
-    arguments: list[str | Path] = ["--state", tmp_path / "state", "--create", "--registers", f"vfio-user:{tmp_path / 'registers'}"]
+    arguments: list[str | Path] = ["--state", tmp_path / "state", "--create"]
+    arguments += ["--registers", f"vfio-user:{tmp_path / 'registers'}"]
     with serving(tmp_path, *arguments) as process, Vmm(tmp_path / "registers") as vmm:
         vmm.boot()
         assert c.code(vmm.run(c.nv_define(8))) == c.SUCCESS
