@@ -165,7 +165,9 @@ def _run(arguments: argparse.Namespace) -> int:
     # Keys were read like at any start until here: what a service manager kept has none.
     inherited = inherited or left_behind(kept)
     if arguments.ephemeral:
-        store: Store = MemoryStore(None if inherited is None else inherited.handover.held)
+        store: Store = MemoryStore()
+        if inherited is not None:
+            store = MemoryStore(inherited.handover.held, inherited.handover.held_side)
     else:
         store = _open_state(arguments, swtpm_key, inherited)
         _refuse_checkpoints_elsewhere(options.instance, store)

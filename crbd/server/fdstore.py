@@ -65,6 +65,7 @@ def leave(handover: Handover, store: Store) -> None:
         at_rest=at_rest(store),
         changed={},  # it was committed when the TPM was laid down
         held=store.estate().held,
+        held_side=store.estate().held_side,
         secrets={},  # the next daemon reads its keys as at any start; nobody is to keep them meanwhile
         pid_file="",
     )

@@ -175,7 +175,7 @@ def inheritance(library: str | None = None) -> Inheritance | None:
 
 def rehearse(inherited: Inheritance, options: InstanceOptions, make_engine: Callable[[StatePort], Engine]) -> None:
     """Bring a copy of the TPM to life in memory, and let it go. Raises OperatorError where that is not possible."""
-    store = MemoryStore(inherited.handover.held)
+    store = MemoryStore(inherited.handover.held, inherited.handover.held_side)
     instance = Instance(make_engine, store, replace(options, auto_shutdown=False))
     try:
         instance.thaw(frozen_of(inherited.handover), HANDOVER)

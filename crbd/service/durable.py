@@ -68,7 +68,7 @@ class DurableState:
         # Until the store says yes, nobody knows which of the two is on disk.
         for kind in self.pending:
             self._committed.pop(kind, None)
-        self._store.commit(self.pending, self._side if self.pending.get(StateKind.VOLATILE) is not None else None)
+        self._store.commit(self.pending, self.pending_side)
         self._committed.update(self.pending)
         self.pending.clear()
         self.commits += 1
@@ -91,10 +91,19 @@ class DurableState:
         self.pending.clear()
         self._committed.clear()
 
-    def take_over(self, changes: Mapping[StateKind, bytes | None]) -> None:
-        """Take from another instance what it could not commit (None deletes)."""
+    @property
+    def pending_side(self) -> SideState | None:
+        """What belongs to the volatile state in `pending`."""
+        return self._side if self.pending.get(StateKind.VOLATILE) is not None else None
+
+    def take_over(self, changes: Mapping[StateKind, bytes | None], side: SideState | None) -> None:
+        """Take from another instance what it could not commit (None deletes), and what belongs to it."""
         for kind, data in changes.items():
             self._want(kind, data)
+        volatile = changes.get(StateKind.VOLATILE)
+        if volatile is not None:
+            # Even where the store holds the same: what belongs to it may be other.
+            self.pending[StateKind.VOLATILE], self._side = volatile, side
 
     def replace(self, states: Mapping[StateKind, bytes | None], side: SideState | None) -> None:
         """Make durable, whatever is there, that the store holds these states. Raises StoreError."""

@@ -24,6 +24,7 @@ from crbd.state.handover import Handover, InstanceFacts
 from crbd.state.header import WRITER_ID_SIZE
 from crbd.state.kinds import StateKind
 from crbd.state.saved import EngineStamp, Identity, Session, TpmState
+from crbd.state.side import SideState
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class FrozenInstance:
     facts: InstanceFacts
     changed: Mapping[StateKind, bytes | None] = field(default_factory=dict)
     """What could not be made durable yet; None is to be deleted."""
+    side: SideState | None = None
+    """What belongs to the volatile state in `changed`."""
 
     def state(self, kind: StateKind) -> TpmState | None:
         """One of the states with its engine, as documents hold them."""
@@ -77,6 +80,7 @@ def frozen_of(handover: Handover) -> FrozenInstance:
         session=document.session,
         facts=handover.instance,
         changed=handover.changed,
+        side=handover.changed_side,
     )
 
 
@@ -98,6 +102,7 @@ def freeze_tpm(
         session=session,
         facts=replace(facts, handed_in=blobs.handed_in, incoming=blobs.session),
         changed=dict(state.pending),
+        side=state.pending_side,
     )
 
 
@@ -124,7 +129,7 @@ def thaw_tpm(engine: Engine, state: DurableState, blobs: StateBlobs, frozen: Fro
         _start(engine, state, frozen, name)
     else:
         blobs.take_over(frozen.facts.handed_in, frozen.facts.incoming)
-    state.take_over(frozen.changed)
+    state.take_over(frozen.changed, frozen.side)
 
 
 def _start(engine: Engine, state: DurableState, frozen: FrozenInstance, name: str) -> None:

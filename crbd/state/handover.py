@@ -15,6 +15,8 @@ The body is the document's list of sections (crbd.state.sections), numbers littl
     changed.*    `permanent`, `volatile`, `savestate`: state that a failed commit has not made durable yet; empty where
                  the state is to be deleted
     held.*       the same names: what an ephemeral store holds
+    changed.side, held.side
+                 what belongs to the volatile state among them: the bytes of its file (crbd.state.side), unframed
     secret.*     keys that the successor could not read again: `seal`, the data key of a sealed store; `file` and
                  `migration`, keys as swtpm has them
     at-rest      32 bytes: SHA-256 of what the store held when this was left to a service manager (crbd.server.fdstore);
@@ -57,6 +59,7 @@ from crbd.state.fields import FieldReader, damaged
 from crbd.state.kinds import StateKind
 from crbd.state.saved import Session, decode_session, encode_session
 from crbd.state.sections import Section, Sections, decode_body, encode_body
+from crbd.state.side import SideState, decode_side, digest_of, encode_side
 from crbd.tpm.results import TpmResult
 from crbd.vfiouser.capabilities import Capabilities
 from crbd.vfiouser.configuration import SIZE as CONFIGURATION_SIZE
@@ -88,6 +91,7 @@ _FLAGS_OF = {
     DATA: 0,
     REGISTERS: _AGREED | _TAKES_DESCRIPTORS | _WRITE_MULTIPLE | _WITH_BUFFER,
 }
+_SIDE = "side"
 _BIT = {kind: 1 << index for index, kind in enumerate(StateKind)}
 _KINDS = {kind.name.lower(): kind for kind in StateKind}
 
@@ -161,6 +165,10 @@ class Handover:
     """What the store does not hold yet, because the last commit failed; None is to be deleted."""
     held: Mapping[StateKind, bytes] = field(default_factory=dict)
     """What an ephemeral store holds."""
+    changed_side: SideState | None = None
+    """What belongs to the volatile state in `changed`."""
+    held_side: SideState | None = None
+    """What belongs to the volatile state in `held`."""
     secrets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     pid_file: str = ""
     listeners: Mapping[str, Listener] = field(default_factory=dict)
@@ -205,6 +213,8 @@ def encode(handover: Handover) -> bytes:
     sections += (Section(f"secret.{name}", 1, secret) for name, secret in handover.secrets.items())
     sections += (Section(f"changed.{kind.name.lower()}", 1, data or b"") for kind, data in handover.changed.items())
     sections += (Section(f"held.{kind.name.lower()}", 1, data) for kind, data in handover.held.items())
+    sections += _encode_side("changed", handover.changed, handover.changed_side)
+    sections += _encode_side("held", handover.held, handover.held_side)
     for name, listener in handover.listeners.items():
         flags = 0 if listener.identity is None else _OWNED
         sections.append(Section(f"listener.{name}", 1, _LISTENER.pack(flags, *(listener.identity or (0, 0)))))
@@ -212,6 +222,13 @@ def encode(handover: Handover) -> bytes:
         sections.append(Section(f"link.{number}", 1, _encode_link(link)))
     whole = _HEAD.pack(MAGIC, VERSION) + encode_body(tuple(sections))
     return whole + hashlib.sha256(whole).digest()
+
+
+def _encode_side(family: str, states: Mapping[StateKind, bytes | None], side: SideState | None) -> Sections:
+    volatile = states.get(StateKind.VOLATILE)
+    if volatile is None or side is None:
+        return ()
+    return (Section(f"{family}.{_SIDE}", 1, encode_side({digest_of(volatile): side})),)
 
 
 def descriptors_in(links: tuple[Link, ...]) -> dict[str, int]:
@@ -301,6 +318,8 @@ def decode(data: bytes, descriptors: Mapping[str, int]) -> Handover:
         instance=_decode_instance(known["instance"], known.get("incoming")),
         changed={kind: data or None for kind, data in _by_kind(known, "changed.")},
         held=dict(_by_kind(known, "held.")),
+        changed_side=_decode_side(known, "changed"),
+        held_side=_decode_side(known, "held"),
         secrets={name.partition(".")[2]: secret for name, secret in known.items() if name.startswith("secret.")},
         pid_file=known.get("pid-file", b"").decode("utf-8", "surrogateescape"),
         listeners={
@@ -357,7 +376,7 @@ def _is_ours(family: str, rest: str) -> bool:
         case "secret":
             return rest in SECRETS
         case "changed" | "held":
-            return rest in _KINDS
+            return rest in _KINDS or rest == _SIDE
         case "listener":
             return rest in ("ctrl", "data", "registers")
         case _:
@@ -365,7 +384,19 @@ def _is_ours(family: str, rest: str) -> bool:
 
 
 def _by_kind(known: Mapping[str, bytes], prefix: str) -> tuple[tuple[StateKind, bytes], ...]:
-    return tuple((_KINDS[name[len(prefix) :]], data) for name, data in known.items() if name.startswith(prefix))
+    found = ((name[len(prefix) :], data) for name, data in known.items() if name.startswith(prefix))
+    return tuple((_KINDS[name], data) for name, data in found if name != _SIDE)
+
+
+def _decode_side(known: Mapping[str, bytes], family: str) -> SideState | None:
+    """Raises StateDamagedError, StateNewerError."""
+    data = known.get(f"{family}.{_SIDE}")
+    if data is None:
+        return None
+    found = decode_side(data, f"{NAME}, section {family}.{_SIDE}").get(digest_of(known.get(f"{family}.volatile", b"")))
+    if found is None:
+        raise damaged(NAME, f"section {family}.{_SIDE}", "belongs to other volatile state")
+    return found
 
 
 def _decode_instance(body: bytes, incoming: bytes | None) -> InstanceFacts:

@@ -14,11 +14,15 @@ from crbd.store.snapshot import plain_snapshot, read_plain_snapshot
 
 
 class MemoryStore:
-    """A `Store` without a file. `initial` is what it holds at first. Nobody else can see it, but its lock counts."""
+    """A `Store` without a file. `initial` and `side` are what it holds at first. Nobody else can see it, but its lock
+    counts.
+    """
 
-    def __init__(self, initial: Mapping[StateKind, bytes] | None = None, *, lock: bool = True) -> None:
+    def __init__(
+        self, initial: Mapping[StateKind, bytes] | None = None, side: SideState | None = None, *, lock: bool = True
+    ) -> None:
         self._held: dict[StateKind, bytes] = dict(initial or {})
-        self._side: SideState | None = None
+        self._side = side
         self._engine = EngineStamp(0, 0, 0)
         self._locked = lock
 
@@ -45,7 +49,7 @@ class MemoryStore:
         self._locked = False
 
     def estate(self) -> Estate:
-        return Estate(held=dict(self._held))
+        return Estate(held=dict(self._held), held_side=self._side)
 
     def use_engine(self, stamp: EngineStamp) -> None:
         self._engine = stamp

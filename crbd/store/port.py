@@ -28,6 +28,8 @@ class Estate:
     """Of sealed state; empty where it is plain."""
     held: Mapping[StateKind, bytes] = field(default_factory=dict, repr=False)
     """What nothing but this process's memory holds."""
+    held_side: SideState | None = None
+    """What belongs to the volatile state in it."""
 
 
 class Store(Protocol):

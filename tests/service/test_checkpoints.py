@@ -20,6 +20,7 @@ from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
 from crbd.state.kinds import StateKind
 from crbd.state.saved import Session
 from crbd.store.layout import Layout, open_state
+from crbd.store.memory import MemoryStore
 from crbd.store.port import Store
 from crbd.tpm.results import TpmResult
 from tests.engine import commands as c
@@ -364,3 +365,38 @@ def test_where_checkpoints_may_be(tmp_path: Path) -> None:
     assert open_state(tmp_path / "a", create=True, layout=Layout.CRBD).keeps_checkpoints
     assert not open_state(tmp_path / "b", create=True, layout=Layout.SWTPM).keeps_checkpoints
     assert not open_state(tmp_path / "c", create=True, layout=Layout.LINEAR).keeps_checkpoints
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_checkpoint_that_a_full_disk_did_not_take_is_one_after_an_upgrade_too(make: Make) -> None:
+    """As volatile state that a client had asked for it would outlive a reset of the platform."""
+    store = FailingStore()
+    life = Life(store, IDLE, make).started()
+    store.full = True
+    for _ in range(2):
+        life.instance.checkpoint_when_idle()
+    frozen = life.instance.freeze()
+    assert VOLATILE in frozen.changed
+    life.die()
+    store.full = False
+    again = Life(store, IDLE, make)
+    again.instance.thaw(frozen, "the test")
+    assert again.code(READ_16) == c.SUCCESS
+    assert store.load(VOLATILE) is not None
+    side = store.load_side()
+    assert side is not None
+    assert side.checkpoint
+    assert side.session == frozen.session
+    again.init()
+    assert again.code(READ_16) == c.INITIALIZE, "INIT is a reset"
+
+
+def test_what_an_ephemeral_store_holds_is_handed_over_with_what_belongs_to_it() -> None:
+    store = MemoryStore()
+    life = Life(store, NEVER).started()
+    life.instance.set_locality(2)
+    life.instance.restore(life.instance.snapshot(), allow_rollback=True)
+    estate = store.estate()
+    assert estate.held_side is not None
+    assert estate.held_side.checkpoint
+    assert MemoryStore(estate.held, estate.held_side).load_side() == store.load_side() == estate.held_side

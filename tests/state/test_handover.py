@@ -26,10 +26,13 @@ from crbd.state.handover import (
 from crbd.state.kinds import StateKind
 from crbd.state.saved import Session
 from crbd.state.sections import Section, decode_body, encode_body
+from crbd.state.side import SideState
 from crbd.tpm.results import TpmResult
 from crbd.vfiouser.capabilities import Capabilities
 from crbd.vfiouser.configuration import INITIAL
 from crbd.vfiouser.connection import Snapshot
+
+from . import samples as s
 
 SPACE = INITIAL[:0x10] + b"\0\x20\xff\xfe" + INITIAL[0x14:]
 """PCI configuration space with BAR 0 at 0xfeff2000."""
@@ -49,7 +52,8 @@ FULL = Handover(
         incoming=Session(3, 4096, established=True, last_command=0x145),
     ),
     changed={StateKind.PERMANENT: b"new", StateKind.VOLATILE: None},
-    held={StateKind.PERMANENT: b"old"},
+    held={StateKind.PERMANENT: b"old", StateKind.VOLATILE: b"kept"},
+    held_side=SideState(s.registers(), Session(1, 4096, established=False, last_command=0), checkpoint=True),
     secrets={"seal": bytes(range(32)), "file": b"f" * 16, "migration": b"m" * 32},
     pid_file="/run/crbd.pid",
     listeners={"ctrl": Listener((66, 123456)), "data": Listener(), "registers": Listener((66, 7))},
