@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 TIMES = 100
 PATIENCE = 60.0
-LONGEST = 1500
-"""Milliseconds: of a pause at an upgrade, with a guest on the other CPU."""
+LONGEST = 700
+"""Milliseconds: of a pause at an upgrade. A driver gives some commands up after 750."""
 _FACTS = """
 export TPM2TOOLS_TCTI=device:/dev/tpm0
 tpm2_getcap handles-transient
@@ -98,7 +98,7 @@ def test_an_older_release_becomes_the_present_one_under_a_guest(
             first = f"crbd {HANDOVERS[version][1] if number == 0 else PRESENT}"
             assert said.text.decode().startswith(f"crbd {PRESENT} goes on for {first}; "), said.text
         chain.reach(side)
-        # A guest's driver gives a command up after some seconds; the longest pause was nowhere near.
+        # Else the driver may have given a command up, and the chain below would only say that it is broken.
         assert max(pauses(daemon)) < LONGEST, sorted(pauses(daemon))
         chain.finish(side)
         assert running.read(_FACTS) == facts
