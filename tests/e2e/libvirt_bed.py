@@ -39,6 +39,7 @@ BOOT_SECONDS = 60.0
 """The deadline for power-on to shell: several times what it takes."""
 COMMAND_SECONDS = 60.0
 """The deadline for what virsh is told."""
+_TOO_SLOW = "swtpm socket did not show up"
 _PLACES = {
     "etc": "/etc/libvirt",
     "lib": "/var/lib/libvirt",
@@ -131,15 +132,23 @@ class Libvirt:
         return f"qemu+unix:///system?socket={self.root}/sock/libvirt-sock"
 
     def attempt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """virsh, whatever becomes of it."""
-        return subprocess.run(
-            ["virsh", "--quiet", "--connect", self.uri, *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_SECONDS,
-            env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
-        )
+        """virsh, whatever becomes of it.
+
+        On a busy machine a TPM may need longer to its socket than the second that libvirt gives it (docs/libvirt.md). Time
+        is not what is tested, so libvirt is told again then.
+        """
+        deadline = Deadline(COMMAND_SECONDS)
+        while True:
+            done = subprocess.run(
+                ["virsh", "--quiet", "--connect", self.uri, *arguments],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_SECONDS,
+                env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+            )
+            if _TOO_SLOW not in done.stderr or deadline.passed:
+                return done
 
     def virsh(self, *arguments: str) -> str:
         """What virsh prints of a command that must succeed."""
@@ -152,6 +161,10 @@ class Libvirt:
         done = self.attempt(*arguments)
         assert done.returncode != 0, f"virsh {shlex.join(arguments)}: {done.stdout}"
         return done.stderr.strip()
+
+    def ran(self, command: str) -> bool:
+        """Whether libvirtd has run a command that begins so, in one of crbd's directory."""
+        return f"About to run {find_directory()}/{command}" in (self.root / "libvirtd.log").read_text()
 
     def log_of_tpm(self, domain: str) -> str:
         """What the TPM of a domain said."""
@@ -229,6 +242,10 @@ class Domain:
         moved.uuid = self.uuid
         return moved
 
+    def cut_console(self) -> None:
+        """Let no QEMU connect any more."""
+        self._listener.close()
+
     def destroy(self) -> None:
         """Pull the plug, and wait for the TPM's end."""
         process = self.tpm()
@@ -259,10 +276,10 @@ def domain(libvirt: Libvirt, name: str) -> Iterator[Domain]:
     """A domain that is not yet defined. In the end nothing is left of it."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        path = libvirt.root / f"{name}.console"
-        listener.bind(str(path))
-        stack.callback(path.unlink)
-        path.chmod(0o666)
+        console = libvirt.root / f"{name}.console"
+        listener.bind(str(console))
+        stack.callback(console.unlink)
+        console.chmod(0o666)
         listener.listen()
         try:
             yield Domain(libvirt, name, listener, stack)

@@ -129,6 +129,17 @@ def test_undefine(vm: Domain) -> None:
     assert not vm.state.parent.exists()
 
 
+def test_a_start_that_fails(vm: Domain) -> None:
+    """QEMU ends before it has the TPM, which libvirt then shuts down with swtpm_ioctl."""
+    vm.define()
+    vm.cut_console()
+    assert "Failed to connect" in vm.libvirt.refusal("start", vm.name)
+    assert vm.libvirt.ran("swtpm_ioctl --unix ")
+    deadline = Deadline(10)
+    while left := vm.running_tpms():
+        assert not deadline.passed, left
+
+
 def test_save_and_restore(vm: Domain, tmp_path: Path) -> None:
     """All of the TPM is in the file: that the state directory has gone back meanwhile does not count."""
     vm.define()
