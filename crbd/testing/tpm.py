@@ -194,7 +194,8 @@ class EphemeralTpm:
         try:
             yield InjectedFaults(self._leash)
         finally:
-            self._leash.ask(faults="")
+            if not self._closed:
+                self._leash.ask(faults="")
 
 
 class TpmFactory:

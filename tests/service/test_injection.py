@@ -14,7 +14,7 @@ from crbd.engine.port import Engine, StatePort
 from crbd.service.faults import FaultPlan, parse_faults
 from crbd.service.injection import FaultyEngine, FaultyStore, StartedEngine
 from crbd.service.instance import Instance
-from crbd.service.options import InstanceOptions, Startup
+from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
 from crbd.store.memory import MemoryStore
 from tests.engine import commands as c
 from tests.engine.conftest import MemoryStatePort
@@ -23,13 +23,14 @@ RETRY, LOCKOUT, NV_DEFINED, INSUFFICIENT = 0x922, 0x921, 0x14C, 0x9A
 GET_TEST_RESULT, GET_CAPABILITY = c.command(0x17C), c.command(0x17A, bytes.fromhex("000000060000010000000001"))
 DIGEST = bytes(range(32))
 ZERO = bytes(32)
+NEVER = CheckpointPolicy()
 Make = Callable[[StatePort], Engine]
 
 
 class Failing:
     """An instance with a TPM that fails on purpose, and the engines behind it."""
 
-    def __init__(self, faults: str, make: Make, *, kind: type[FaultyEngine], startup: Startup) -> None:
+    def __init__(self, faults: str, make: Make, kind: type[FaultyEngine], options: InstanceOptions) -> None:
         self.plan = FaultPlan()
         self.engines: list[Engine] = []
         self.store = MemoryStore()
@@ -38,7 +39,6 @@ class Failing:
             self.engines.append(make(port))
             return kind(self.engines[-1], port, self.plan)
 
-        options = InstanceOptions(startup=startup, may_manufacture=True)
         self.instance = Instance(make_engine, FaultyStore(self.store, self.plan), options)
         self.instance.check()
         self.instance.begin()
@@ -53,9 +53,15 @@ class Failing:
 
 @contextmanager
 def failing(
-    faults: str, make: Make = FakeEngine, *, kind: type[FaultyEngine] = FaultyEngine, startup: Startup = Startup.CLEAR
+    faults: str,
+    make: Make = FakeEngine,
+    *,
+    kind: type[FaultyEngine] = FaultyEngine,
+    startup: Startup = Startup.CLEAR,
+    checkpoint: CheckpointPolicy = NEVER,
 ) -> Iterator[Failing]:
-    tpm = Failing(faults, make, kind=kind, startup=startup)
+    options = InstanceOptions(startup=startup, may_manufacture=True, checkpoint=checkpoint)
+    tpm = Failing(faults, make, kind, options)
     try:
         yield tpm
     finally:
@@ -109,10 +115,9 @@ def test_a_reset_is_one_of_the_tpm_under_its_client(make: Make) -> None:
         assert tpm.run(c.GET_RANDOM, c.STARTUP_CLEAR, c.GET_RANDOM) == [c.INITIALIZE, c.SUCCESS, c.SUCCESS]
 
 
-def test_a_reset_does_not_go_on_from_stored_volatile_state() -> None:
-    with failing("GetRandom:1=reset", LibtpmsEngine) as tpm:
+def test_a_reset_does_not_go_on_from_a_checkpoint() -> None:
+    with failing("GetRandom:1=reset", LibtpmsEngine, checkpoint=CheckpointPolicy(every_command=True)) as tpm:
         assert tpm.run(c.pcr_extend(16, DIGEST)) == [c.SUCCESS]
-        tpm.instance.store_volatile()
         assert tpm.run(c.GET_RANDOM) == [c.SUCCESS]
         assert tpm.pcr(16) == ZERO
 
