@@ -36,7 +36,10 @@ from crbd.server.succession import Inheritance, Program, inheritance, rehearse
 from crbd.server.walls import Walls, Wanted, forbid_core_dumps
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
+from crbd.state.kinds import StateKind
 from crbd.state.swtpm_sealing import SwtpmKey
+from crbd.store.memory import MemoryStore
+from crbd.store.port import Store
 from crbd.systemd.notify import notify
 
 log = logging.getLogger(__name__)
@@ -305,6 +308,26 @@ def _info(plan: _Plan, flags: int) -> str:
         finally:
             engine.close()
     store = open_place(plan.place, plan.daemon.instance.file_key, lock=True)
+    try:
+        there = store.load(StateKind.PERMANENT) is not None
+        return _info_of(plan, _Copy(store) if there else store, flags)
+    finally:
+        store.close()
+
+
+class _Copy(MemoryStore):
+    """What a store holds, under its name: nothing that is stored is used up by a question."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__({kind: data for kind in StateKind if (data := store.load(kind)) is not None})
+        self._of = store.name
+
+    @property
+    def name(self) -> str:
+        return self._of
+
+
+def _info_of(plan: _Plan, store: Store, flags: int) -> str:
     options = InstanceOptions(startup=Startup.POWER_ON, may_manufacture=True, auto_shutdown=False)
     instance = Instance(plan.make_engine, store, options)
     try:

@@ -16,8 +16,14 @@ from crbd.compat import swtpm
 from crbd.compat.launch import COMMANDS, main
 from crbd.compat.swtpm_endpoints import Endpoints, endpoints_of
 from crbd.compat.swtpm_options import LONG, TABLES, parse
+from crbd.engine.libtpms import LibtpmsEngine
 from crbd.errors import UsageError
 from crbd.server.endpoint import DescriptorEndpoint, TcpEndpoint, UnixEndpoint
+from crbd.service.instance import Instance
+from crbd.service.options import CheckpointPolicy, InstanceOptions, Startup
+from crbd.state.kinds import StateKind
+from crbd.store.layout import Layout, open_state
+from tests.cli.states import contents
 
 REFUSED = {
     "--tpmstate dir=PLACE --ctrl type=unixio,path=c": "swtpm: Error: TPM 1.2 is not supported by libtpms.",
@@ -172,6 +178,25 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert swtpm.main(["socket", "--tpm2", "--print-info", "1", "--tpmstate", f"dir={tmp_path}"]) == 0
     assert "TPMSpecification" in json.loads(capsys.readouterr().out)
     assert (tmp_path / "tpm2-00.permall").exists()
+
+
+@pytest.mark.parametrize("layout", [Layout.CRBD, Layout.SWTPM])
+def test_info_of_a_tpm_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Layout) -> None:
+    """Not even where its daemon was killed, or it is suspended: what is stored is for the one who goes on from it."""
+    policy = CheckpointPolicy(every_command=layout is Layout.CRBD)
+    store = open_state(tmp_path, create=True, layout=layout)
+    options = InstanceOptions(startup=Startup.CLEAR, may_manufacture=True, checkpoint=policy)
+    instance = Instance(LibtpmsEngine, store, options)
+    instance.begin()
+    if layout is Layout.SWTPM:
+        instance.store_volatile()
+    assert store.load(StateKind.VOLATILE) is not None
+    instance._engine.close()  # as by SIGKILL
+    store.close()
+    before = contents(tmp_path)
+    assert swtpm.main(["socket", "--tpm2", "--print-info", "1", "--tpmstate", f"dir={tmp_path}"]) == 0
+    assert "TPMSpecification" in json.loads(capsys.readouterr().out)
+    assert contents(tmp_path) == before
 
 
 def test_profiles_where_libtpms_has_none(capsys: pytest.CaptureFixture[str]) -> None:
