@@ -140,18 +140,19 @@ def _programs(program: Program | None, library: str | None) -> Iterator[Path]:
 
 
 def _on_the_way_to(path: Path) -> Sequence[Path]:
-    """The directories of a file and of all links that lead to it: when one of them is turned, an upgrade follows it."""
+    """The directories of a file, of all links that lead to it, and of what these lead to:
+
+    a link that is turned to another release in one of them is followed by an upgrade.
+    """
     passed: list[Path] = [path.parent]
-    left = _MAX_LINKS
-    while left:
+    for _ in range(_MAX_LINKS):
         link = next((each for each in (path, *path.parents) if each.is_symlink()), None)
         if link is None:
             break
-        passed.append(link.parent)
-        path = link.parent / link.readlink() / path.relative_to(link)
-        passed.append(path.parent)
-        left -= 1
-    return passed
+        target = link.parent / link.readlink()
+        passed += [link.parent, target.parent]
+        path = target / path.relative_to(link)
+    return [*passed, path.parent]
 
 
 def _standing() -> list[str]:
