@@ -134,8 +134,8 @@ class Libvirt:
     def attempt(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """virsh, whatever becomes of it.
 
-        On a busy machine a TPM may need longer to its socket than the second that libvirt gives it (docs/libvirt.md). Time
-        is not what is tested, so libvirt is told again then.
+        On a busy machine a TPM may need longer to its socket than the second that libvirt gives it (docs/libvirt.md).
+        Time is not what is tested, so libvirt is told again then.
         """
         deadline = Deadline(COMMAND_SECONDS)
         while True:
