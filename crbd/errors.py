@@ -175,6 +175,13 @@ class StateUnsealedError(StateError):
     meaning = "a key was given and the TPM state is not encrypted"
 
 
+class StateExposedError(StateError):
+    """Others than the user that runs crbd, and root, may change the state, or put another in its place."""
+
+    exit_code = 45
+    meaning = "the TPM state lies where other users may change it"
+
+
 class StateWriteError(StateError):
     """The state could not be written: no space, an I/O error, another writer. What was there is as it was."""
 

@@ -149,6 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
     swtpm_key = _swtpm_key(arguments.swtpm_key, "--swtpm-key", inherited, "file")
     sockets, kept = sorted_out(passed_descriptors())
     options = _daemon_options(arguments, sockets, swtpm_key, inherited)
+    options = walls.with_access(arguments, options, anew=inherited is None)
     if arguments.state is not None and arguments.ephemeral:
         raise UsageError("--state and --ephemeral exclude each other", "give one of them")
     if arguments.state is None and not arguments.ephemeral:

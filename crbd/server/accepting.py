@@ -1,9 +1,11 @@
-"""Accepting clients without ever giving up the listener."""
+"""Accepting clients without ever giving up the listener; and only those of the users that may be clients."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import socket
+from struct import Struct
 
 import trio
 
@@ -14,8 +16,12 @@ PAUSE = 0.1
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next client.
+_CREDENTIALS = Struct("=iII")
+"""struct ucred: process, user and group at the time of the connect (unix(7), SO_PEERCRED)."""
+
+
+async def accept(listener: trio.socket.SocketType, allowed: frozenset[int] | None = None) -> trio.socket.SocketType:
+    """The next client; where `allowed` is given, of a UNIX socket, the next one whose user is among them.
 
     One that is gone before it was accepted is passed over; a machine that has run out of descriptors or memory is
     waited for, since a daemon that ended would take the TPM along (accept(2)).
@@ -32,4 +38,15 @@ async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
             elif error.errno != errno.ECONNABORTED:
                 raise
         else:
-            return accepted
+            if allowed is None or _is_allowed(accepted, allowed):
+                return accepted
+            accepted.close()
+
+
+def _is_allowed(client: trio.socket.SocketType, allowed: frozenset[int]) -> bool:
+    if client.family != socket.AF_UNIX:
+        return True
+    pid, uid, _ = _CREDENTIALS.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid not in allowed:
+        log.warning("process %d of user %d is turned away: --allow-uids does not name that user", pid, uid)
+    return uid in allowed

@@ -52,7 +52,7 @@ class ControlChannel:
     `attach` takes a descriptor from SET_DATAFD, which it owns from then on, and says whether it was taken. `shut_down`
     is called after SHUTDOWN has been answered. `gone` is called when a client is gone that had the channel, or that
     said nothing while nobody had it. `upgrade` answers UPGRADE: with what is in the way, or with None, and then frost
-    falls; clients that it stops go into `frozen`.
+    falls; clients that it stops go into `frozen`. `allowed` are the users whose clients are accepted, None for all.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class ControlChannel:
         upgrade: Callable[[], Awaitable[str | None]],
         frozen: Links,
         gone: Callable[[], None] | None = None,
+        allowed: frozenset[int] | None = None,
     ) -> None:
         self._service = service
         self._attach = attach
         self._shut_down = shut_down
         self._upgrade = upgrade
         self._gone = gone
+        self._allowed = allowed
         self._turn = trio.Lock()
         self.frost = Frost()
         self._frozen = frozen
@@ -84,7 +86,7 @@ class ControlChannel:
                     with self.frost.point():
                         await places.acquire()
                     with self.frost.point():
-                        accepted = await accept(accepting)
+                        accepted = await accept(accepting, self._allowed)
                     nursery.start_soon(self._serve_at, places, accepted)
             except FrozenError:
                 return

@@ -75,6 +75,8 @@ class DaemonOptions:
     instance: InstanceOptions
     registers: Endpoint | None = None
     """Where register clients connect: vfio-user."""
+    allowed_users: frozenset[int] | None = None
+    """Whose clients are accepted on UNIX sockets; None for all that can reach them."""
     pid_file: Path | int | None = None
     """A path, or the descriptor of an open file."""
     disconnect: bool = False
@@ -297,6 +299,7 @@ class _Daemon:
                 self._links,
                 once=options.disconnect,
                 gone=end if options.end_with_data_client else None,
+                allowed=options.allowed_users,
             )
             control = ControlChannel(
                 ControlService(self._instance),
@@ -305,6 +308,7 @@ class _Daemon:
                 upgrade=self.upgrade,
                 frozen=self._links,
                 gone=end if options.end_with_ctrl_client else None,
+                allowed=options.allowed_users,
             )
 
             registers = self._register_channel()
@@ -337,7 +341,8 @@ class _Daemon:
         served = self._instance.served
         if self._buffer is None or served is None:
             return None
-        return RegisterChannel(self._instance, served, self._buffer, self._links)
+        allowed = self._options.allowed_users
+        return RegisterChannel(self._instance, served, self._buffer, self._links, allowed=allowed)
 
     async def _start_registers(self, links: Links, registers: RegisterChannel, nursery: trio.Nursery) -> None:
         for link, connected in links:

@@ -27,7 +27,8 @@ class DataChannel:
     """The data side of one instance. `limit` is the largest command in bytes.
 
     Clients that `freeze` stops go into `frozen`. `once` closes each connection after its first answer; `gone` is called
-    whenever a client is gone, whichever way it had come.
+    whenever a client is gone, whichever way it had come. `allowed` are the users whose clients are accepted, None for
+    all.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class DataChannel:
         *,
         once: bool = False,
         gone: Callable[[], None] | None = None,
+        allowed: frozenset[int] | None = None,
     ) -> None:
         self._instance = instance
         self._limit = limit
         self._once = once
         self._gone = gone
+        self._allowed = allowed
         self._nursery = nursery
         self._pump: Pump | None = None
         self._free = trio.Condition()
@@ -73,7 +76,7 @@ class DataChannel:
         while not self._frost.fallen:
             try:
                 with self._frost.point():
-                    accepted = await accept(accepting)
+                    accepted = await accept(accepting, self._allowed)
             except FrozenError:
                 return
             await self.serve_connected(_plain(accepted))

@@ -22,13 +22,23 @@ from crbd.vfiouser.connection import Snapshot
 
 
 class RegisterChannel:
-    """The register side of one instance. `frozen` takes the client that is stopped by `freeze`."""
+    """The register side of one instance. `frozen` takes the client that is stopped by `freeze`; `allowed` are the users
+    whose clients are accepted, None for all."""
 
-    def __init__(self, instance: Instance, registers: ServedRegisters, buffer: RegisterBuffer, frozen: Links) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        registers: ServedRegisters,
+        buffer: RegisterBuffer,
+        frozen: Links,
+        *,
+        allowed: frozenset[int] | None = None,
+    ) -> None:
         self._instance = instance
         self._registers = registers
         self._buffer = buffer
         self._frozen = frozen
+        self._allowed = allowed
         self._configuration = INITIAL
         self._pump: RegisterPump | None = None
         self._free = trio.Condition()
@@ -59,7 +69,7 @@ class RegisterChannel:
                 with self._frost.point():
                     await self.stopped()
                 with self._frost.point():
-                    accepted = await accept(accepting)
+                    accepted = await accept(accepting, self._allowed)
                 fresh = RegistersLink(Snapshot(configuration=self._configuration))
                 await self.serve_connected(socket.socket(fileno=accepted.detach()), fresh)
         except FrozenError:
