@@ -6,19 +6,21 @@ stop serving: the manager does what it thinks right.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
 
 import trio
 
-from crbd.errors import OperatorError
+from crbd.errors import OperatorError, StateAbsentError, StateAccessError, StateLockedError
 from crbd.systemd.notify import notify
 from crbd.systemd.watchdog import watchdog_interval
 
 log = logging.getLogger(__name__)
 
-_EINVAL = 22
+_ERRNO = {StateAbsentError: errno.ENOENT, StateLockedError: errno.EBUSY, StateAccessError: errno.EACCES}
+"""Of errors that no system call stands behind; all others are EINVAL."""
 
 
 def tell(state: str) -> None:
@@ -46,11 +48,12 @@ def tell_ending(doing: str) -> None:
 
 
 def tell_failure(error: OperatorError) -> None:
-    """The start failed: the line that the operator gets, and the errno of what the system refused, else EINVAL."""
+    """The start failed: the line that the operator gets, and the errno of what the system refused, or one like it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__
-    number = cause.errno if isinstance(cause, OSError) and cause.errno else _EINVAL
+    number = cause.errno if isinstance(cause, OSError) else None
+    number = number or _ERRNO.get(type(error), errno.EINVAL)
     tell(f"STATUS={' '.join(str(error).split())}\nERRNO={number}")
 
 

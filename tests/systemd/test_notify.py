@@ -23,9 +23,11 @@ def listening(path: Path) -> socket.socket:
     return listener
 
 
-def failure(manager: ServiceManager, arguments: list[str | Path], **more: dict[str, socket.socket]) -> list[str]:
+def failure(
+    manager: ServiceManager, arguments: list[str | Path], passed: dict[str, socket.socket] | None = None
+) -> list[str]:
     """What is heard of a start that fails, and nothing else."""
-    with pytest.raises(AssertionError, match="crbd: "), manager.service(*arguments, **more):
+    with pytest.raises(AssertionError, match="crbd: "), manager.service(*arguments, sockets=passed):
         pass
     wait_until(lambda: any(line.startswith("ERRNO=") for line in manager.heard), "ERRNO")
     return manager.heard
@@ -63,7 +65,7 @@ def test_the_watchdog_hears_of_loop_and_lock(tmp_path: Path) -> None:
 def test_a_start_that_fails(tmp_path: Path) -> None:
     with service_manager(tmp_path) as manager:
         heard = failure(manager, ["--state", tmp_path / "none", *sockets(tmp_path)])
-        assert heard[0].startswith(f"STATUS={tmp_path / 'none'}")
+        assert heard[0].startswith(f"STATUS=there is no TPM state in {tmp_path / 'none'}")
         assert heard[1] == f"ERRNO={errno.ENOENT}"
         heard = failure(manager, ["--ephemeral"])
         assert heard == ["STATUS=there is no socket to serve: give --ctrl, --data or both, or --registers", "ERRNO=22"]
@@ -108,7 +110,7 @@ def test_sockets_that_nobody_knows_what_to_do_with(
 ) -> None:
     with service_manager(tmp_path) as manager, listening(tmp_path / "socket") as listener:
         given: list[str | Path] = ["--ephemeral", *(each.format(place=tmp_path) for each in arguments)]
-        heard = failure(manager, given, sockets=dict.fromkeys(names, listener))
+        heard = failure(manager, given, dict.fromkeys(names, listener))
         assert says in heard[0]
 
 
