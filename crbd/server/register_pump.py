@@ -4,7 +4,7 @@ Why two. The client must have its answer to every message within seconds (QEMU g
 good), so no reply may wait for the TPM: one thread polls, reads and answers, the other one executes. A guest looks for
 the end of a command right after it has started it, and then sleeps for about a millisecond. So the first thread, having
 answered the write that started a command, waits for the second one a little before it reads on: a quick command is over
-before the guest looks (docs/decisions/0005-register-pump.md).
+before the guest looks (docs/decisions/0007-register-pump.md).
 
 The first thread polls the socket and an eventfd, which wakes it for the end and to be frozen. To freeze, it goes on
 answering until the command under way is done; one that is started after that stays started, and the successor executes
