@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -62,20 +62,20 @@ class Output:
 
 
 class Guest:
-    """A running guest. Made by `guest`."""
+    """A running guest. Made by `guest` and `started`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], console: Console, monitor: Monitor, firmware: Firmware
+        self, process: subprocess.Popen[bytes], console: Console, monitor: Monitor, boot_seconds: float
     ) -> None:
         self.console = console
         self.monitor = monitor
         self._process = process
-        self._firmware = firmware
+        self._boot_seconds = boot_seconds
         self._numbers = itertools.count()
 
     def await_shell(self) -> None:
         """Until the guest has booted."""
-        self.console.read_until(_READY, Deadline(self._firmware.boot_seconds))
+        self.console.read_until(_READY, Deadline(self._boot_seconds))
         # A line break is sent as one byte from now on, and what we type does not come back.
         self.console.send("stty -echo -onlcr\n")
 
@@ -163,25 +163,42 @@ def guest(
     `directory` keeps QEMU's own words (`qemu.log`) and OVMF's variables; a second guest in it finds the latter again.
     `options` come last on QEMU's command line. Without `booted` only QEMU's monitor is waited for.
     """
+
+    def command(console_fd: int, monitor_fd: int) -> list[str]:
+        firmware_options = _ovmf_options(directory) if firmware is Firmware.OVMF else []
+        return [*_command(image, tpm, device, console_fd, monitor_fd), *firmware_options, *options]
+
+    with started(command, directory, firmware.boot_seconds, booted=booted) as running:
+        yield running
+
+
+@contextmanager
+def started(
+    command: Callable[[int, int], list[str]], directory: Path, boot_seconds: float, *, booted: bool = True
+) -> Iterator[Guest]:
+    """A guest that `command` starts: it is told the descriptors of the sockets for console and monitor.
+
+    It has `boot_seconds` from power-on to shell. `directory` and `booted` are as in `guest`.
+    """
     log = directory / "qemu.log"
     with ExitStack() as stack:
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
         for end in (*ours, *theirs):
             stack.enter_context(end)
         fds = [end.fileno() for end in theirs]
-        command = _command(image, tpm, device, *fds)
-        if firmware is Firmware.OVMF:
-            command += _ovmf_options(directory)
-        command += options
         with log.open("ab") as out:
             process = subprocess.Popen(
-                dies_with_us(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, pass_fds=fds
+                dies_with_us(command(*fds)),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=fds,
             )
         stack.callback(process.wait)
         stack.callback(process.kill)
         for end in theirs:
             end.close()
-        running = Guest(process, Console(ours[0]), Monitor(ours[1]), firmware)
+        running = Guest(process, Console(ours[0]), Monitor(ours[1]), boot_seconds)
         try:
             running.monitor.greet()
             if booted:
