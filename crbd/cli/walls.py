@@ -10,7 +10,7 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
-from crbd.errors import StateAccessError, StateExposedError, UsageError
+from crbd.errors import StateExposedError, UsageError
 from crbd.server.daemon import DaemonOptions
 from crbd.server.endpoint import TcpEndpoint
 from crbd.server.seccomp import Action
@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def with_access(arguments: argparse.Namespace, options: DaemonOptions, *, anew: bool) -> DaemonOptions:
     """The options, with those about access. `anew`: no other crbd has served this state in this process.
 
-    Raises UsageError for access that has to be asked for, StateExposedError, StateAccessError.
+    Raises UsageError for access that has to be asked for, StateExposedError.
     """
     endpoints = (options.ctrl, options.data)
     for option, endpoint in zip(("--ctrl", "--data"), endpoints, strict=True):
@@ -92,18 +92,16 @@ def _uid(name: str) -> int:
 
 def refuse_exposed(state: Path) -> None:
     """Refuse state that others than this user and root may change, or put other state in place of: by owner and mode
-    of the directory or file, and of the directory that it is in. What is not there exposes nothing.
-
-    Raises StateExposedError, StateAccessError.
+    of the directory or file, and of the directory that it is in. 
+    Raises StateExposedError.
     """
     remedy = "make it this user's own (chown, chmod), or say --allow-exposed-state"
     for path in (state.absolute(), state.resolve().parent):
         try:
             status = path.stat()
-        except FileNotFoundError:
+        except OSError:
+            # What is not there exposes nothing; what cannot be reached the store refuses, in better words.
             continue
-        except OSError as error:
-            raise StateAccessError(f"{path}: {error.strerror}", "name a place that this user may reach") from error
         around = path != state.absolute()
         if status.st_uid not in {0, os.geteuid()} and not around:
             raise StateExposedError(f"the TPM state {path} belongs to user {status.st_uid}", remedy)

@@ -87,6 +87,11 @@ def sealed_by_another_key(place: Path) -> None:
     key_file(place, s.OTHER_KEY)
 
 
+def writable_by_all(place: Path) -> None:
+    whole(place)
+    (place / "tpm").chmod(0o777)
+
+
 def plain_and_a_key(place: Path) -> None:
     whole(place)
     key_file(place)
@@ -250,10 +255,17 @@ CASES = (
     ),
     Case(errors.NotUpgradedError, "crbd reload --ctrl unix:/srv/ctrl", serving_with_a_library_that_goes_away),
     Case(errors.SnapshotRefusedError, "crbd state snapshot --ctrl unix:/srv/ctrl /srv/out", serving_without_init),
+    Case(
+        errors.WallError,
+        "crbd serve --ephemeral --landlock on --ctrl unix:/srv/ctrl",
+        nothing,
+        apart="import crbd.server.syscalls; crbd.server.syscalls.landlock_version = lambda: 0",
+    ),
     Case(errors.StateWrongKeyError, SERVE + " --key file:/srv/key", sealed_by_another_key),
     Case(errors.StateIdentityError, "crbd state restore /srv/tpm /srv/export", of_another_instance),
     Case(errors.StateDowngradeError, "crbd state export /srv/tpm --out /srv/out --format-version 1", whole),
     Case(errors.StateUnsealedError, SERVE + " --key file:/srv/key", plain_and_a_key),
+    Case(errors.StateExposedError, SERVE, writable_by_all),
     Case(errors.StateWriteError, "crbd state restore /srv/tpm /srv/export --allow-rollback", full_disk),
     Case(errors.AuthorityError, "crbd ca show --ca-dir /srv/ca", half_an_authority),
     Case(errors.AuthorityAbsentError, "crbd ca show --ca-dir /srv/ca", no_certificate_authority),
