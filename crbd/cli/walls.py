@@ -92,7 +92,8 @@ def _uid(name: str) -> int:
 
 def refuse_exposed(state: Path) -> None:
     """Refuse state that others than this user and root may change, or put other state in place of: by owner and mode
-    of the directory or file, and of the directory that it is in. 
+    of the directory or file, and of the directory that it is in.
+
     Raises StateExposedError.
     """
     remedy = "make it this user's own (chown, chmod), or say --allow-exposed-state"

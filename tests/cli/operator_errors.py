@@ -265,8 +265,8 @@ CASES = (
     Case(errors.StateIdentityError, "crbd state restore /srv/tpm /srv/export", of_another_instance),
     Case(errors.StateDowngradeError, "crbd state export /srv/tpm --out /srv/out --format-version 1", whole),
     Case(errors.StateUnsealedError, SERVE + " --key file:/srv/key", plain_and_a_key),
-    Case(errors.StateExposedError, SERVE, writable_by_all),
     Case(errors.StateWriteError, "crbd state restore /srv/tpm /srv/export --allow-rollback", full_disk),
+    Case(errors.StateExposedError, SERVE, writable_by_all),
     Case(errors.AuthorityError, "crbd ca show --ca-dir /srv/ca", half_an_authority),
     Case(errors.AuthorityAbsentError, "crbd ca show --ca-dir /srv/ca", no_certificate_authority),
     Case(
