@@ -20,6 +20,7 @@ COMMANDS = {
     "reload": "put the crbd that is installed now in the place of a running one",
     "registers": "show the CRB registers of a running TPM",
     "state": "look at, copy, convert, snapshot and repair the state of a TPM",
+    "acpi": "write the ACPI tables by which a guest finds served registers",
     "compat-path": "print the directory that takes swtpm's place in PATH",
     "check": "see whether serve would find a TPM that it can run",
     "provision": "make a TPM with endorsement keys, certificates and PCR banks, as a factory does",
