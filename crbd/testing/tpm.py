@@ -86,14 +86,23 @@ class Leash:
 
 
 class InjectedFaults:
-    """The faults that are in force."""
+    """The faults of one block."""
 
     def __init__(self, leash: Leash) -> None:
         self._leash = leash
+        self._final: int | None = None
 
     @property
     def struck(self) -> int:
-        """How many times one has struck. A test that expects a fault should see that there was one."""
+        """How many times one has struck, also when the block is over. A test that expects a fault should look."""
+        return self._asked() if self._final is None else self._final
+
+    def end(self) -> None:
+        """No more faults."""
+        self._final = self._asked()
+        self._leash.ask(faults="")
+
+    def _asked(self) -> int:
         return int(str(self._leash.ask(faults=None)["struck"]))
 
 
@@ -191,11 +200,12 @@ class EphemeralTpm:
         Failure mode outlasts it, up to `reset`. Raises UsageError where they are not understood.
         """
         self._leash.ask(faults=faults)
+        injected = InjectedFaults(self._leash)
         try:
-            yield InjectedFaults(self._leash)
+            yield injected
         finally:
             if not self._closed:
-                self._leash.ask(faults="")
+                injected.end()
 
 
 class TpmFactory:

@@ -183,6 +183,7 @@ def test_faults_are_for_as_long_as_they_are_wanted(tpm: EphemeralTpm) -> None:
             assert faults.struck == 0
             assert [client.code(c.GET_RANDOM) for _ in range(3)] == [c.SUCCESS, RETRY, RETRY]
             assert faults.struck == 2
+        assert faults.struck == 2
         assert client.code(c.GET_RANDOM) == c.SUCCESS
         assert "GetRandom:2+=retry" in tpm.log
         with pytest.raises(UsageError, match="there is no action 'retrx'"), tpm.faults("GetRandom=retrx"):
