@@ -17,8 +17,8 @@ from crbd.errors import OperatorError, UsageError
 from crbd.vfiouser.configuration import DEVICE, VENDOR
 from crbd.vfiouser.spec import BAR_SIZE
 
-DESCRIPTION = """Write the ACPI tables by which a guest finds the TPM registers that `crbd serve --registers` serves as a
-PCI device, and print the QEMU options that give them to the guest. docs/acpi.md has whole command lines."""
+DESCRIPTION = """Write the ACPI tables by which a guest finds the TPM registers that crbd serve --registers serves as a PCI
+device, and print the QEMU options that give them to the guest. docs/acpi.md has whole command lines."""
 
 _MAKER = "grub-mkimage"
 _MODULES = Path("/usr/lib/grub") / grub.FORMAT
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OperatorError(
             f"cannot write to {directory}: {error.strerror}", "give a directory that can be written to with --out"
         ) from error
-    for line in _qemu_options(architecture, directory, with_grub=program is not None):
+    for line in _qemu_options(architecture, directory.absolute(), with_grub=program is not None):
         print(line)
     return 0
 
@@ -108,20 +108,8 @@ def _make_grub(tables: dict[str, bytes], modules: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="crbd-acpi-") as place:
         archive, image = Path(place) / "memdisk.tar", Path(place) / "image"
         archive.write_bytes(_memory_disk(tables | {grub.CONFIGURATION: grub.SCRIPT.encode()}))
-        command = [
-            _MAKER,
-            "-O",
-            grub.FORMAT,
-            "-d",
-            modules,
-            "-m",
-            archive,
-            "-p",
-            grub.PREFIX,
-            "-o",
-            image,
-            *grub.MODULES,
-        ]
+        command = [_MAKER, "-O", grub.FORMAT, "-p", grub.PREFIX, *grub.MODULES]
+        command += ["-d", str(modules), "-m", str(archive), "-o", str(image)]
         try:
             done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except FileNotFoundError as error:
