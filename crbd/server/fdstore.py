@@ -1,4 +1,4 @@
-"""A restart that keeps its clients: the handover, left to the service manager and taken back. Decision 5.
+"""A restart that keeps its clients: the handover, left to the service manager and taken back. Decision 8.
 
 Theory. At SIGTERM nobody says whether a stop or a restart is meant, so what is left has to be right for both. In this
 order, and what fails on the way makes it an ordinary end:
