@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,10 @@ class ServiceManager:
         self.heard: list[str] = []
         """Lines, in the order in which they came; not those about descriptors."""
         self.kept: dict[str, int] = {}
+        self.before: Callable[[str], None] | None = None
+        """Called with the name of a descriptor that is to be kept or forgotten, before it is."""
+        self.pid = 0
+        """Of the service started last."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.path))
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -55,6 +59,12 @@ class ServiceManager:
         while self.kept:
             os.close(self.kept.popitem()[1])
 
+    def catch_up(self) -> None:
+        """Return when all that was sent until now is dealt with."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"X_CAUGHT_UP=1", str(self.path))
+        wait_until(lambda: "X_CAUGHT_UP=1" in self.heard, "the end of the queue")
+
     def _listen(self) -> None:
         while True:
             data, descriptors, _, _ = socket.recv_fds(self._socket, 4096, 8)
@@ -64,6 +74,8 @@ class ServiceManager:
 
     def _take(self, lines: Sequence[str], descriptors: Sequence[int]) -> None:
         said = dict(line.split("=", 1) for line in lines)
+        if self.before is not None and "FDNAME" in said:
+            self.before(said["FDNAME"])
         if said.get("FDSTORE") == "1" and self.takes:
             assert said["FDPOLL"] == "0"
             (self.kept[said["FDNAME"]],) = descriptors
@@ -98,6 +110,7 @@ class ServiceManager:
         with subprocess.Popen(
             command, env=os.environ | variables, pass_fds=tuple(passed.values()), stderr=subprocess.PIPE, text=True
         ) as process:
+            self.pid = process.pid
             try:
                 wait_until(lambda: "READY=1" in self.heard or process.poll() is not None, "READY=1")
                 assert process.poll() is None, process.stderr.read() if process.stderr else ""

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,55 @@ def test_killed_after_it_went_on(tmp_path: Path) -> None:
             assert c.nv_value(data.run(c.nv_read(8))) == b"87654321"
             assert data.run(c.pcr_read(16)) != before
             assert "was not shut down" in leave(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["link.0", "handover"])
+def test_killed_while_it_leaves(tmp_path: Path, name: str) -> None:
+    """At the first and at the last descriptor: the TPM was shut down, and what is kept is whole or let go."""
+    with service_manager(tmp_path) as manager, ExitStack() as clients:
+        with manager.service(*options(tmp_path)) as process:
+            data = clients.enter_context(Client(tmp_path / "data"))
+            before = prepare(data)
+            manager.before = partial(kill_at, name, process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == -signal.SIGKILL
+            manager.catch_up()
+            whole = "handover" in manager.kept
+        manager.before = None
+        assert orderly(tmp_path)
+        with manager.service(*options(tmp_path)) as process, Client(tmp_path / "data") as another:
+            assert not manager.kept
+            if whole:
+                assert data.run(c.pcr_read(16)) == before
+                data.socket.close()
+            assert c.nv_value(another.run(c.nv_read(8))) == b"12345678"
+
+
+@pytest.mark.slow
+def test_killed_while_it_comes_back(tmp_path: Path) -> None:
+    """It is gone on from once or never."""
+    with service_manager(tmp_path) as manager, ExitStack() as clients:
+        with manager.service(*options(tmp_path)) as process:
+            data = clients.enter_context(Client(tmp_path / "data"))
+            prepare(data)
+            leave(process)
+        manager.before = lambda _: os.kill(manager.pid, signal.SIGKILL)
+        with pytest.raises(AssertionError), manager.service(*options(tmp_path)):
+            pass
+        manager.before = None
+        assert orderly(tmp_path)
+        with manager.service(*options(tmp_path)) as process:
+            assert data.receive(1) == b""
+            with Client(tmp_path / "data") as another:
+                assert c.nv_value(another.run(c.nv_read(8))) == b"12345678"
+            assert "the handover itself is not there" in leave(process)
+
+
+def kill_at(name: str, process: subprocess.Popen[str], kept: str) -> None:
+    if kept == name:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("layout", ["swtpm", "linear", "ephemeral"])
