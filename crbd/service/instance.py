@@ -50,6 +50,7 @@ class Instance(Lifecycle):
             if self._state.load(StateKind.PERMANENT) is None:
                 self._refuse_unless_new_is_allowed()
             else:
+                self._may_manufacture = False
                 goes_on = self._options.startup is not Startup.NEED_INIT
                 look_at_stored(self._engine, self._state, self._store, goes_on=goes_on)
 

@@ -14,8 +14,8 @@ guests out (swtpm does the same).
 State blobs and the store's lock during a migration: `crbd.service.migration`.
 
 A new TPM is made in one place, `_power_on`, and only if the options allow it, the store holds no permanent state, and
-no blob was handed in. Permission is used up by the first success: state that vanishes under a running daemon is never
-replaced by a new TPM.
+no blob was handed in. Permission is used up by the first state that is seen, be it found, handed in or made: state that
+vanishes under a daemon, or that the engine rejects, is never replaced by a new TPM.
 
 Threads. The data pump calls `execute`; control commands come from other threads. All of it that touches the engine or
 the store goes under one lock, the engine lock. `cancel` and the properties do not, so they answer while a command
@@ -203,9 +203,7 @@ class Lifecycle:
 
     def _power_on(self, *, delete_volatile: bool, goes_on: bool) -> None:
         """`goes_on`: of a daemon's own accord, from a checkpoint too; else it is a reset (crbd.service.checkpoint)."""
-        if self._engine.get_state(StateKind.PERMANENT) is None:
-            self._refuse_unless_new_is_allowed()
-            log.info("making a new TPM in %s", self._store.name)
+        self._see_to_permanent_state()
         handed_in, session = self._blobs.handed_in, self._blobs.session
         side = None
         if handed_in & {StateKind.PERMANENT, StateKind.VOLATILE}:
@@ -251,6 +249,14 @@ class Lifecycle:
         self._powered = self._ready = True
         self._checkpoints.survey()
         self._choose_way()
+
+    def _see_to_permanent_state(self) -> None:
+        """Raises a StateError: StateAbsentError where there is none, and none may be made."""
+        if self._engine.get_state(StateKind.PERMANENT) is not None:
+            self._may_manufacture = False
+            return
+        self._refuse_unless_new_is_allowed()
+        log.info("making a new TPM in %s", self._store.name)
 
     def _take_up_registers(self, state: CrbStateV3) -> None:
         """Of a TPM that goes on; those of another configuration are left aside."""

@@ -182,11 +182,13 @@ def test_the_lock_of_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, m
     """Another process removes the lock file between its opening and its locking here: a third would lock a new one."""
     path = tmp_path / ".lock"
     path.touch()
-    real, removed = lockfile._set_lock, []
+    real = lockfile._set_lock
+    removed: list[Path] = []
 
     def slow(descriptor: int, kind: int, name: Path) -> bool:
         if not removed:
-            removed.append(path.unlink())
+            path.unlink()
+            removed.append(path)
         return real(descriptor, kind, name)
 
     monkeypatch.setattr(lockfile, "_set_lock", slow)
