@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ print(client.recv(8).hex() or "closed")
 """
 
 
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that every user gets to; pytest's are root's alone."""
+    with tempfile.TemporaryDirectory(prefix="crbd-access-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 def answered(path: Path, uid: int) -> str:
     """What a control client of that user gets."""
     command = ["setpriv", f"--reuid={uid}", "--clear-groups", sys.executable, "-I", "-c", _ASK, str(path)]
@@ -37,13 +47,11 @@ def answered(path: Path, uid: int) -> str:
 @pytest.mark.parametrize(
     ("allowed", "users"), [("0", {0}), ("nobody,0", {0, NOBODY}), ("65534", {NOBODY}), (None, {0, NOBODY})]
 )
-def test_users_that_are_not_named_are_turned_away(tmp_path: Path, allowed: str | None, users: set[int]) -> None:
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
+def test_users_that_are_not_named_are_turned_away(open_place: Path, allowed: str | None, users: set[int]) -> None:
     options = [] if allowed is None else ["--allow-uids", allowed]
-    with serving(tmp_path, "--ephemeral", "--ctrl", f"unix:{tmp_path / 'ctrl'},mode=0666", *options) as process:
+    with serving(open_place, "--ephemeral", "--ctrl", f"unix:{open_place / 'ctrl'},mode=0666", *options) as process:
         for uid in (0, NOBODY):
-            said = answered(tmp_path / "ctrl", uid)
+            said = answered(open_place / "ctrl", uid)
             if uid in users:
                 assert said == CAPABILITIES.hex()
             else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,7 +33,7 @@ from crbd.server.seccomp_calls import (
     Numbers,
 )
 
-from .walled import Walled, serving, swtpm
+from .walled import INTRUDED, Walled, serving, swtpm
 
 needs_filter = pytest.mark.skipif(not can_filter(), reason=f"there is no filter for {syscalls.machine()}")
 
@@ -305,3 +307,16 @@ def test_no_core_dumps(tmp_path: Path, command: Callable[[Path], AbstractContext
         limits = Path("/proc", str(daemon.process.pid), "limits").read_text()
         assert re.search(r"^Max core file size\s+0\s+0", limits, re.M)
         assert daemon.attempt(call("prctl", 3)) == "done 0", "PR_GET_DUMPABLE"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_no_debugger_of_the_same_user() -> None:
+    become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with tempfile.TemporaryDirectory(prefix="crbd-walls-") as directory:
+        place = Path(directory)
+        os.chown(place, 65534, 65534)
+        with serving(place, state=False, program=(*become, *INTRUDED)) as daemon:
+            for name in ("mem", "maps", "environ"):
+                looking = [*become, "cat", f"/proc/{daemon.process.pid}/{name}"]
+                looked = subprocess.run(looking, capture_output=True, text=True, check=False)
+                assert "Permission denied" in looked.stderr, name
