@@ -75,6 +75,8 @@ class Instance(Lifecycle):
                     if not self._checkpoints.after_every_command:
                         self._checkpoints.outdate()
                 else:
+                    # Where the disk did not take what TPM2_Startup changed, that is what is to be said.
+                    self._state.commit()
                     raise EngineFailedError(
                         f"TPM2_Startup({startup.startup_type.name}) was answered with 0x{code or 0:x}",
                         "choose another startup with --flags",

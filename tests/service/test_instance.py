@@ -180,6 +180,18 @@ def test_begin_with_startup_state_refuses_where_there_is_nothing_to_resume() -> 
         bench.instance.close()
 
 
+def test_a_full_disk_at_a_start_of_its_own_accord_is_what_is_said() -> None:
+    """Not that another startup may help."""
+    made = Bench().started()
+    made.instance.close()
+    store = FailingStore({StateKind.PERMANENT: made.store.load(StateKind.PERMANENT) or b""})
+    store.full = True
+    bench = Bench(InstanceOptions(startup=Startup.CLEAR), store)
+    bench.instance.check()
+    with pytest.raises(StoreError, match="no space left"):
+        bench.instance.begin()
+
+
 def test_an_engine_that_fails_is_answered_with_failure() -> None:
     bench = Bench().started()
     bench.engine.script.append(EngineError("TPMLIB_Process", TpmResult.FAIL))
