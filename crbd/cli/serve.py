@@ -19,9 +19,10 @@ from crbd.cli.swtpm_key import read_swtpm_key
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import OperatorError, UsageError
-from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.daemon import serve
 from crbd.server.endpoint import DescriptorEndpoint, Endpoint, parse_endpoint
 from crbd.server.fdstore import left_behind, sorted_out
+from crbd.server.options import DaemonOptions
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse
 from crbd.server.supervision import tell_failure
 from crbd.server.walls import forbid_core_dumps

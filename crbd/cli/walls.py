@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from crbd.errors import StateExposedError, UsageError
-from crbd.server.daemon import DaemonOptions
 from crbd.server.endpoint import TcpEndpoint
+from crbd.server.options import DaemonOptions
 from crbd.server.seccomp import Action
 from crbd.server.succession import Program
 from crbd.server.walls import Walls, Wanted, places_of

@@ -29,7 +29,8 @@ from crbd.compat.swtpm_state import StatePlace, open_place, place_of, states_jso
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EndpointError, EngineError, OperatorError, PidFileError, StoreError, UsageError
-from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.daemon import serve
+from crbd.server.options import DaemonOptions
 from crbd.server.process import Background, become, change_root, find_user
 from crbd.server.seccomp import Action
 from crbd.server.succession import Inheritance, Program, inheritance, rehearse

@@ -24,7 +24,8 @@ from crbd.control import spec
 from crbd.control.connection import ControlConnection, Received, Rejected
 from crbd.control.spec import BY_REQUEST
 from crbd.server.accepting import accept
-from crbd.server.frost import Frost, FrozenError, Links
+from crbd.server.frost import Frost, FrozenError
+from crbd.server.links import Links
 from crbd.service.control import ControlService
 from crbd.state.handover import ControlLink
 from crbd.tpm.results import TpmResult

@@ -330,7 +330,8 @@ class _Daemon:
             handover = await trio.to_thread.run_sync(self._handover_or_reason)
         if isinstance(handover, str):
             return handover
-        in_the_way = await program.try_out(handover)
+        # Abandoned when the daemon is to end: the trial ends by itself.
+        in_the_way = await trio.to_thread.run_sync(program.try_out, handover, abandon_on_cancel=True)
         if in_the_way is None:
             if self._freeze is None:
                 return "the daemon is ending"
@@ -376,7 +377,8 @@ class _Daemon:
 
     def _stand_in(self) -> Callable[[int], bytes] | None:
         """How a copy of this process serves the data client, if there is one, until the new program has started."""
-        serving = next((number for number, (link, _) in enumerate(self._premises.links) if isinstance(link, DataLink)), None)
+        links = enumerate(self._premises.links)
+        serving = next((number for number, (link, _) in links if isinstance(link, DataLink)), None)
         return None if serving is None else partial(self._stand_in_for, os.getpid(), serving)
 
     def _stand_in_for(self, pid: int, number: int, call: int) -> bytes:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import trio
 
 from crbd.server.accepting import accept
-from crbd.server.frost import Frost, FrozenError, Links
+from crbd.server.frost import Frost, FrozenError
+from crbd.server.links import Links
 from crbd.server.pump import FrozenPump, Pump
 from crbd.service.instance import Instance
 from crbd.state.handover import DataLink

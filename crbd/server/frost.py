@@ -8,16 +8,10 @@ A point is either passed with the thing done that was waited for, or it raises w
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import trio
-
-from crbd.state.handover import Link
-
-Links = list[tuple[Link, socket.socket]]
-"""Clients that were stopped, and their sockets, which belong to whoever holds the list."""
 
 
 class FrozenError(Exception):

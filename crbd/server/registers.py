@@ -11,7 +11,8 @@ import socket
 import trio
 
 from crbd.server.accepting import accept
-from crbd.server.frost import Frost, FrozenError, Links
+from crbd.server.frost import Frost, FrozenError
+from crbd.server.links import Links
 from crbd.server.register_buffer import RegisterBuffer
 from crbd.server.register_pump import RegisterPump
 from crbd.service.instance import Instance

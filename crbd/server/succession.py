@@ -22,13 +22,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NoReturn
-
-import trio
 
 from crbd.engine.declarations import load
 from crbd.engine.port import Engine, StatePort
@@ -76,34 +75,34 @@ class Program:
             return cls((os.path.abspath(script), *given[given.index(script) + 1 :]))
         return cls((sys.executable, *given[1:]))
 
-    async def try_out(self, handover: Handover) -> str | None:
-        """Let the new program see whether it can go on from here; why not, if it cannot. Changes nothing."""
+    def try_out(self, handover: Handover) -> str | None:
+        """Let the new program see whether it can go on from here; why not, if it cannot. Changes nothing. Blocks."""
         # The listeners are only named: what is not on the command line is served if it has one.
         trial = replace(handover, links=(), pid_file="", descriptors={})
         memory = in_memory(encode(trial))
         environment = os.environ | {VARIABLE: f"{_TRIAL}:{memory}"}
         environment.pop("NOTIFY_SOCKET", None)  # what it finds is said in the answer
         try:
-            with trio.move_on_after(TRIAL_TIMEOUT):
-                ended = await trio.run_process(
-                    self.arguments,
-                    env=environment,
-                    pass_fds=(memory,),
-                    stdin=b"",
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                )
-                said = ended.stderr.decode(errors="replace").strip()
-                if ended.returncode == 0:
-                    return None
-                why = said[-MAX_REASON:] or f"it ended with {ended.returncode}"
-                return f"the installed program cannot go on: {why}"
+            ended = subprocess.run(
+                self.arguments,
+                env=environment,
+                pass_fds=(memory,),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                timeout=TRIAL_TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
             return f"the installed program did not say within {TRIAL_TIMEOUT:.0f} s whether it can go on"
         except OSError as error:
             return f"{self.arguments[0]} cannot be started: {error.strerror}"
         finally:
             os.close(memory)
+        if ended.returncode == 0:
+            return None
+        said = ended.stderr.decode(errors="replace").strip()
+        why = said[-MAX_REASON:] or f"it ended with {ended.returncode}"
+        return f"the installed program cannot go on: {why}"
 
     def become(self, handover: Handover, serve: Callable[[int], bytes] | None = None) -> NoReturn:
         """Execute it in the place of this process. Raises OSError: then nothing has changed.

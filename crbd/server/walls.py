@@ -25,9 +25,9 @@ from pathlib import Path
 import crbd
 from crbd.errors import WallError
 from crbd.server import seccomp, syscalls
-from crbd.server.daemon import DaemonOptions
 from crbd.server.endpoint import UnixEndpoint
 from crbd.server.landlock import CLEAN, KEEP, READ, Files, Place, restrict
+from crbd.server.options import DaemonOptions
 from crbd.server.seccomp import Action, can_filter
 from crbd.server.succession import Program
 

@@ -17,8 +17,9 @@ import trio
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EndpointError, OperatorError
-from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.daemon import serve
 from crbd.server.endpoint import UNIX_PATH_MAX, UnixEndpoint
+from crbd.server.options import DaemonOptions
 from crbd.service.faults import FaultPlan, parse_faults
 from crbd.service.injection import FaultyStore, StartedEngine
 from crbd.service.options import InstanceOptions, Startup

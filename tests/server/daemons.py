@@ -15,8 +15,9 @@ import trio
 
 from crbd.engine.fake import FakeEngine
 from crbd.engine.port import Engine, StatePort
-from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.daemon import serve
 from crbd.server.endpoint import Endpoint, UnixEndpoint
+from crbd.server.options import DaemonOptions
 from crbd.server.succession import Program
 from crbd.service.options import InstanceOptions
 from crbd.store.memory import MemoryStore

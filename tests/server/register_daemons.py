@@ -11,8 +11,9 @@ from typing import TypeVar
 import trio
 
 from crbd.engine.port import Engine, StatePort
-from crbd.server.daemon import DaemonOptions, serve
+from crbd.server.daemon import serve
 from crbd.server.endpoint import UnixEndpoint
+from crbd.server.options import DaemonOptions
 from crbd.service.options import InstanceOptions, Startup
 from crbd.store.memory import MemoryStore
 from crbd.store.port import Store

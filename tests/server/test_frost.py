@@ -61,7 +61,7 @@ class NeverThere(Program):
         object.__setattr__(program, "handovers", [])
         return program
 
-    async def try_out(self, handover: Handover) -> str | None:
+    def try_out(self, handover: Handover) -> str | None:
         return None
 
     def become(self, handover: Handover, serve: Callable[[int], bytes] | None = None) -> NoReturn:
