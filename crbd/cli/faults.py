@@ -45,25 +45,34 @@ def read_faults(text: str) -> str:
     raise UsageError(f"--faults {text} is no text", f"name a file of at most {MAX_SIZE} bytes, in UTF-8")
 
 
-def plan_of(text: str) -> FaultPlan:
-    """The plan that the value of `--faults` asks for; says in the log that there is one. Raises UsageError."""
-    source = "--faults" if "=" in text else text
-    faults = parse_faults(read_faults(text), source)
-    log.warning("%s: this TPM fails on purpose, in %d ways", source, len(faults))
-    return FaultPlan(faults)
-
-
 def checked(text: str) -> str:
     """The faults that the value of `--faults` asks for, as a text without errors in it. Raises UsageError."""
     faults = read_faults(text)
-    parse_faults(faults, "--faults" if "=" in text else text)
+    parse_faults(faults, _source(text))
     return faults
 
 
-def failing(make_engine: Callable[[StatePort], Engine], plan: FaultPlan) -> Callable[[StatePort], Engine]:
-    """`make_engine` for engines that fail as planned."""
+class Planned:
+    """What the value of `--faults` asks for, from the moment that clients are served: a start is not to fail by it."""
 
-    def make(port: StatePort) -> Engine:
-        return FaultyEngine(make_engine(port), port, plan)
+    def __init__(self, text: str) -> None:
+        """Say in the log what this TPM does. Raises UsageError."""
+        self._faults = parse_faults(read_faults(text), _source(text))
+        self.plan = FaultPlan()
+        log.warning("%s: this TPM fails on purpose, in %d ways", _source(text), len(self._faults))
 
-    return make
+    def begin(self) -> None:
+        """Count from now on."""
+        self.plan.replace(self._faults)
+
+    def failing(self, make_engine: Callable[[StatePort], Engine]) -> Callable[[StatePort], Engine]:
+        """`make_engine` for engines that fail as planned."""
+
+        def make(port: StatePort) -> Engine:
+            return FaultyEngine(make_engine(port), port, self.plan)
+
+        return make
+
+
+def _source(text: str) -> str:
+    return "--faults" if "=" in text else text

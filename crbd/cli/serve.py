@@ -158,9 +158,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.ephemeral:
         _refuse_beside_ephemeral(arguments)
     make_engine: Callable[[StatePort], Engine] = partial(_make_engine, library=arguments.libtpms)
-    plan = None if arguments.faults is None else faults.plan_of(arguments.faults)
-    if plan is not None:
-        make_engine = faults.failing(make_engine, plan)
+    planned = None if arguments.faults is None else faults.Planned(arguments.faults)
+    if planned is not None:
+        make_engine = planned.failing(make_engine)
     if inherited is not None and inherited.trial:
         rehearse(inherited, options.instance, make_engine)
         return 0
@@ -173,11 +173,12 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         store = _open_state(arguments, swtpm_key, inherited)
         _refuse_checkpoints_elsewhere(options.instance, store)
-    if plan is not None:
-        store = FaultyStore(store, plan)
+    if planned is not None:
+        store = FaultyStore(store, planned.plan)
     wanted = walls.walls_of(arguments, options, program)
     serving = partial(serve, program=wanted.program, inherited=inherited, wall_in=wanted.raise_all)
-    trio.run(partial(serving, options, store, make_engine))
+    ready = None if planned is None else planned.begin
+    trio.run(partial(serving, options, store, make_engine, ready=ready))
     return 0
 
 

@@ -245,7 +245,10 @@ class TpmFactory:
                 tpm.restore(snapshot)
         except OSError as error:
             raise EngineFailedError(f"no TPM can be made: {error}", "see what is on stderr") from error
-        except OperatorError:
+        except OperatorError as error:
+            # Its directory is about to go, and what it said last with it.
+            if said := _last_line(place / places.LOG):
+                error.add_note(f"its process said: {said}")
             leash.let_go()
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -255,3 +258,10 @@ class TpmFactory:
         """Make no more TPMs; those that are there stay. Closing a closed one is no error."""
         self._requests.close()
         self._process.wait(PATIENCE)
+
+
+def _last_line(log: Path) -> str:
+    try:
+        return (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    except FileNotFoundError:
+        return ""
