@@ -73,13 +73,13 @@ def test_no_client_notices_a_restart(tmp_path: Path) -> None:
         assert crbd("serve", "--state", tmp_path / "state", *sockets(tmp_path)).returncode == 15, "its lock is held"
         assert orderly(tmp_path), "in case that it was a stop"
         with manager.service(*options(tmp_path, "--pid", tmp_path / "pid")) as process:
+            assert not orderly(tmp_path), "it runs: a crash from here on is a crash, whatever was asked of it since"
             assert not manager.kept
             assert int((tmp_path / "pid").read_text()) == process.pid
             data.socket.sendall(c.pcr_read(16)[7:])
             assert data.response() == before
             assert c.nv_value(data.run(c.nv_read(8))) == b"12345678"
             assert ctrl.ask(GET_CAPABILITY, 8) == CAPABILITIES
-            assert not orderly(tmp_path), "it runs: a crash from here is a crash"
             with Client(tmp_path / "ctrl") as another:
                 done, said = another.upgrade()
                 assert done, said
