@@ -14,7 +14,11 @@ from typing import NoReturn
 
 import pytest
 import trio
+import trio.testing
 
+from crbd.control import messages as m
+from crbd.server.control import _Conversation
+from crbd.server.frost import Frost
 from crbd.server.succession import Program
 from crbd.service.options import InstanceOptions, Startup
 from crbd.state.handover import ControlLink, DataLink, Handover, Link, decode, encode
@@ -259,3 +263,37 @@ async def test_no_program_no_upgrade(tmp_path: Path) -> None:
         assert head[:8] == bytes(8)
         assert b"does not know what to start" in await client.receive(int.from_bytes(head[8:], "big"))
         assert len(await client.ask(bytes.fromhex("00000001"), 8)) == 8
+
+
+async def test_two_that_both_claim_the_turn_get_it_one_after_the_other() -> None:
+    """No daemon hands over so; and a daemon that is taken over to has no way back."""
+    answered: list[m.Request] = []
+    release = trio.Event()
+
+    async def reply(request: m.Request) -> m.Reply:
+        answered.append(request)
+        await release.wait()
+        return m.Done()
+
+    async def to_its_end(conversation: _Conversation) -> None:
+        await conversation.run()
+        conversation.close()
+
+    turn, frost = trio.Lock(), Frost()
+    pairs = [trio.socket.socketpair() for _ in range(2)]
+    conversations = [_Conversation(ours, turn, reply, frost) for ours, _ in pairs]
+    for conversation in conversations:
+        conversation.take_up(ControlLink(has_turn=True), None)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            for conversation, (_, client) in zip(conversations, pairs, strict=True):
+                nursery.start_soon(to_its_end, conversation)
+                await client.send(bytes.fromhex(CONTROL["GET_CONFIG"][0]))
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(answered) == 1
+            release.set()
+            assert await pairs[0][1].recv(4) == bytes(4)
+            pairs[0][1].close()
+            assert await pairs[1][1].recv(4) == bytes(4)
+            pairs[1][1].close()
+    assert len(answered) == 2
