@@ -47,6 +47,12 @@ class Served:
         link, descriptor = link or RegistersLink(), self.buffer.descriptor
         return RegisterPump(self.server, self.instance, self.registers, link, descriptor, mappable=True)
 
+    def await_execution(self) -> None:
+        """Until no command is under way."""
+        deadline = time.monotonic() + v.PATIENCE
+        while self.registers.executing:
+            assert time.monotonic() < deadline, "nobody executes it"
+
 
 @pytest.fixture
 def served() -> Iterator[Served]:
@@ -65,15 +71,10 @@ def served() -> Iterator[Served]:
 async def test_what_was_started_before_is_executed(served: Served) -> None:
     """A command that was started while its client was being frozen is left to the successor."""
 
-    def done() -> None:
-        deadline = time.monotonic() + v.PATIENCE
-        while served.registers.executing:
-            assert time.monotonic() < deadline, "nobody executes it"
-
     assert served.registers.write(STARTED)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(served.pump().run)
-        await in_thread(done)
+        await in_thread(served.await_execution)
         nursery.cancel_scope.cancel()
     assert served.registers.read(v.BUFFER, 6) == bytes.fromhex("80010000001c")
 
@@ -90,6 +91,8 @@ async def test_nothing_is_started_any_more_while_freezing(served: Served) -> Non
     async with trio.open_nursery() as nursery:
         nursery.start_soon(served.pump(link).run)
         answers = await in_thread(lambda: receive(served.client, 5))
+        # The answer to what starts a command goes before the command.
+        await in_thread(served.await_execution)
         nursery.cancel_scope.cancel()
     assert [answer.command for answer in answers] == [client.VERSION] + [client.WRITE] * 4
     assert served.registers.read(v.BUFFER, 6) == bytes.fromhex("80010000001c")
