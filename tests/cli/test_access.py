@@ -120,7 +120,14 @@ def exposed(place: Path, kind: str) -> Path:
 
 
 @as_root
-@pytest.mark.parametrize("kind", ["writable", "sticky", "of another", "replaceable", "a file"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "writable",
+        "of another",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sticky", "replaceable", "a file")),
+    ],
+)
 def test_state_that_others_may_change(tmp_path: Path, kind: str) -> None:
     state = exposed(tmp_path, kind)
     options = ["--state", state, "--create", "--ctrl", f"unix:{tmp_path / 'ctrl'}"]

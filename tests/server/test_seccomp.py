@@ -220,6 +220,31 @@ def test_the_kernel_kills_whoever_tries_what_is_forbidden(upgradable: bool) -> N
     assert statuses == dict.fromkeys(wanted, -signal.SIGSYS)
 
 
+_THREAD_PROBE = """
+import ctypes, threading
+from crbd.server import syscalls
+from crbd.server.seccomp import Action, install
+
+filtered = threading.Event()
+def intrude():
+    filtered.wait()
+    ctypes.CDLL(None).ptrace(16, 1, 0, 0)
+intruder = threading.Thread(target=intrude)
+intruder.start()
+syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+install(Action.KILL, upgradable=True)
+filtered.set()
+intruder.join()
+"""
+
+
+@needs_filter
+def test_threads_that_were_there_before_are_filtered_as_well() -> None:
+    ended = subprocess.run([sys.executable, "-c", _THREAD_PROBE], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGSYS
+
+
 def call(name: str, *arguments: int) -> str:
     """An attempt."""
     return " ".join(("call", str(numbers(KNOWN, syscalls.machine())[name]), *map(str, arguments)))
