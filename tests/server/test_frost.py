@@ -275,19 +275,21 @@ async def test_two_that_both_claim_the_turn_get_it_one_after_the_other() -> None
         await release.wait()
         return m.Done()
 
-    async def to_its_end(conversation: _Conversation) -> None:
+    async def to_its_end(
+        conversation: _Conversation, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        conversation.take_up(ControlLink(has_turn=True), None)
+        task_status.started()
         await conversation.run()
         conversation.close()
 
     turn, frost = trio.Lock(), Frost()
     pairs = [trio.socket.socketpair() for _ in range(2)]
     conversations = [_Conversation(ours, turn, reply, frost) for ours, _ in pairs]
-    for conversation in conversations:
-        conversation.take_up(ControlLink(has_turn=True), None)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             for conversation, (_, client) in zip(conversations, pairs, strict=True):
-                nursery.start_soon(to_its_end, conversation)
+                await nursery.start(to_its_end, conversation)
                 await client.send(bytes.fromhex(CONTROL["GET_CONFIG"][0]))
             await trio.testing.wait_all_tasks_blocked()
             assert len(answered) == 1
