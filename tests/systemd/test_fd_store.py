@@ -15,6 +15,8 @@ import pytest
 from tests.cli.process import PATIENCE, crbd, end, serving
 from tests.cli.test_reload import CAPABILITIES, GET_CAPABILITY, LAYOUTS, Client, sockets
 from tests.engine import commands as c
+from tests.vfiouser import client, vmm
+from tests.vfiouser.vmm import Vmm
 
 from .service_manager import service_manager
 
@@ -302,3 +304,36 @@ def test_sealed_state_and_no_key_in_what_is_kept(tmp_path: Path) -> None:
         assert b"secret." not in document
         with manager.service(*arguments):
             assert data.run(c.pcr_read(16)) == before
+
+
+@pytest.mark.slow
+def test_a_guest_at_its_registers(tmp_path: Path) -> None:
+    """Half a command in the memory that it maps, and half a message: both are completed after the restart."""
+    registers = tmp_path / "registers"
+    arguments: list[str | Path] = ["--fd-store", "--state", tmp_path / "state", "--create"]
+    arguments += ["--registers", f"vfio-user:{registers}"]
+    with service_manager(tmp_path) as manager, ExitStack() as clients:
+        with manager.service(*arguments) as process:
+            guest = clients.enter_context(Vmm(registers)).boot()
+            assert guest.memory is not None
+            assert c.code(guest.run(c.pcr_extend(16, b"\x16" * 32))) == c.SUCCESS
+            before = guest.run(c.pcr_read(16))
+            guest.put(vmm.LOC_CTRL, vmm.REQUEST_ACCESS)
+            guest.put(vmm.CTRL_REQ, vmm.CMD_READY)
+            command = c.pcr_read(16)
+            guest.memory[:10] = command[:10]
+            start = client.write(99, client.BAR0, vmm.CTRL_START, b"\1\0\0\0")
+            guest.socket.sendall(start[:21])
+            leave(process)
+            assert guest.memory[:10] == command[:10], "the shutdown is not in a guest's sight"
+        assert "registers.buffer" in manager.kept
+        with manager.service(*arguments) as process:
+            guest.memory[10 : len(command)] = command[10:]
+            guest.socket.sendall(start[21:])
+            assert guest.answer() == client.Answer(99, client.WRITE, start[16:32])
+            guest.wait()
+            assert guest.finish() == before
+            leave(process)
+        with manager.service("--fd-store", "--state", tmp_path / "state", *sockets(tmp_path)) as process:
+            assert not manager.kept
+            assert "registers were served and are not now" in leave(process)
