@@ -42,8 +42,8 @@ print("ready", flush=True)
 while True:
     signal.pause()
 """
-"""Says at SIGUSR1 how many SIGINT came, and asks the TPM for random bytes. Not in the terminal's foreground: of what is typed there it gets only what
-another process passes on."""
+"""Says at SIGUSR1 how many bytes the TPM gives and how many SIGINT came. Not in the terminal's foreground: of what is
+typed there it gets only what another process passes on."""
 
 
 @pytest.fixture
