@@ -19,7 +19,11 @@ from crbd.systemd.watchdog import watchdog_interval
 
 log = logging.getLogger(__name__)
 
-_ERRNO = {StateAbsentError: errno.ENOENT, StateLockedError: errno.EBUSY, StateAccessError: errno.EACCES}
+_ERRNO: dict[type[OperatorError], int] = {
+    StateAbsentError: errno.ENOENT,
+    StateLockedError: errno.EBUSY,
+    StateAccessError: errno.EACCES,
+}
 """Of errors that no system call stands behind; all others are EINVAL."""
 
 
