@@ -233,18 +233,14 @@ class TpmFactory:
     def make(self, snapshot: bytes | None = None) -> EphemeralTpm:
         """A new TPM, or one that is as a snapshot says. Raises an OperatorError that says why there is none."""
         ours, theirs = leashes.pair()
-        place = places.private_directory()
-        leash = Leash(ours)
+        leash, place = Leash(ours), places.private_directory()
         try:
-            with theirs, (place / places.LOG).open("wb") as output:
-                request = json.dumps({"place": str(place), "library": self._library}).encode()
-                socket.send_fds(self._requests, [request], [theirs.fileno(), output.fileno()])
+            with theirs:
+                self._order(place, theirs)
             leash.wait_until_ready()
             tpm = EphemeralTpm(place, leash)
             if snapshot is not None:
                 tpm.restore(snapshot)
-        except OSError as error:
-            raise EngineFailedError(f"no TPM can be made: {error}", "see what is on stderr") from error
         except OperatorError as error:
             # Its directory is about to go, and what it said last with it.
             if said := _last_line(place / places.LOG):
@@ -253,6 +249,14 @@ class TpmFactory:
             shutil.rmtree(place, ignore_errors=True)
             raise
         return tpm
+
+    def _order(self, place: Path, leash: socket.socket) -> None:
+        request = json.dumps({"place": str(place), "library": self._library}).encode()
+        try:
+            with (place / places.LOG).open("wb") as output:
+                socket.send_fds(self._requests, [request], [leash.fileno(), output.fileno()])
+        except OSError as error:
+            raise EngineFailedError(f"no TPM can be made: {error}", "see what is on stderr") from error
 
     def close(self) -> None:
         """Make no more TPMs; those that are there stay. Closing a closed one is no error."""

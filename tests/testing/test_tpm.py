@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crbd.errors import DaemonError, EndpointError, EngineMissingError, UsageError
+from crbd.errors import DaemonError, EndpointError, EngineFailedError, EngineMissingError, UsageError
 from crbd.testing.tpm import EphemeralTpm, TpmFactory
 from tests.cli.process import PATIENCE, ask, wait_until
 from tests.engine import commands as c
@@ -231,3 +231,13 @@ def test_a_directory_with_too_long_a_name(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(EndpointError, match="TMPDIR"):
             factory.make()
     assert os.listdir(deep) == []
+
+
+def test_a_factory_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with TpmFactory() as factory:
+        factory.make().close()
+        factory.close()
+        with pytest.raises(EngineFailedError, match="no TPM can be made"):
+            factory.make()
+    assert os.listdir(tmp_path) == []
