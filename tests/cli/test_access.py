@@ -130,7 +130,7 @@ def exposed(place: Path, kind: str) -> Path:
 )
 def test_state_that_others_may_change(tmp_path: Path, kind: str) -> None:
     state = exposed(tmp_path, kind)
-    options = ["--state", state, "--create", "--ctrl", f"unix:{tmp_path / 'ctrl'}"]
+    options: list[str | Path] = ["--state", state, "--create", "--ctrl", f"unix:{tmp_path / 'ctrl'}"]
     ended = crbd("serve", *options)
     assert ended.returncode == 45
     assert "--allow-exposed-state" in ended.stderr
