@@ -10,12 +10,11 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-
-import trio
 
 from crbd.compat.swtpm_endpoints import endpoints_of
 from crbd.compat.swtpm_grammar import GetoptError, Values
@@ -29,11 +28,11 @@ from crbd.compat.swtpm_state import StatePlace, open_place, place_of, states_jso
 from crbd.engine.libtpms import LibtpmsEngine
 from crbd.engine.port import Engine, StatePort
 from crbd.errors import EndpointError, EngineError, OperatorError, PidFileError, StoreError, UsageError
-from crbd.server.daemon import serve
 from crbd.server.options import DaemonOptions
+from crbd.server.premises import Premises
 from crbd.server.process import Background, become, change_root, find_user
 from crbd.server.seccomp import Action
-from crbd.server.succession import Inheritance, Program, inheritance, rehearse
+from crbd.server.succession import Inheritance, Program, inheritance, is_successor, keep_signals, rehearse
 from crbd.server.walls import Walls, Wanted, forbid_core_dumps
 from crbd.service.instance import Instance
 from crbd.service.options import InstanceOptions, Startup
@@ -139,10 +138,13 @@ class _Plan:
 
 def _run(line: CommandLine, reporter: _Reporter) -> int:
     forbid_core_dumps()
+    if is_successor():
+        _serving()  # clients wait from the next line on
     program, inherited = _program(line), inheritance()
     user = find_user(line.texts["--runas"]) if "--runas" in line.texts and inherited is None else None
     background = Background() if line.daemon and inherited is None else None
     if "--chroot" in line.texts:
+        _serving()
         # libtpms, and what it opens, is out of reach afterwards.
         spare_engine().close()
         change_root(Path(line.texts["--chroot"]))
@@ -356,6 +358,13 @@ def _serve(plan: _Plan, background: Background | None, inherited: Inheritance | 
         except OSError as error:
             log.warning("the service manager could not be told: %s", error.strerror)
 
-    walls = plan.walls
-    serving = partial(serve, program=walls.program, inherited=inherited, ready=ready, wall_in=walls.raise_all)
-    trio.run(partial(serving, plan.daemon, store, plan.make_engine))
+    # libvirt gives the socket one second to appear: it is there before trio is imported. A signal is kept until then.
+    keep_signals()
+    with closing(Premises(plan.daemon, store, plan.make_engine, inherited)) as premises:
+        _serving()(premises, plan.walls.program, ready, plan.walls.raise_all)
+
+
+def _serving() -> Callable[[Premises, Program | None, Callable[[], None], Callable[[], None]], None]:
+    serve: Callable[[Premises, Program | None, Callable[[], None], Callable[[], None]], None]
+    serve = import_module("crbd.compat.swtpm_serving").serve_until_the_end
+    return serve

@@ -184,6 +184,16 @@ def rehearse(inherited: Inheritance, options: InstanceOptions, make_engine: Call
         instance.close()
 
 
+def is_successor() -> bool:
+    """Whether another process waits for this one to take its place. False once `inheritance` was asked."""
+    return VARIABLE in os.environ
+
+
+def keep_signals() -> None:
+    """Let the kernel keep the signals that end a daemon or upgrade it until `listen_to_kept_signals`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
+
+
 def listen_to_kept_signals() -> None:
     """To be called when this process has said what to do at each: what came in between is heard now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_SIGNALS)
