@@ -132,7 +132,7 @@ def decode_file(blob: bytes, name: str, key: SwtpmKey | None = None) -> bytes:
         )
     # Version 1's files say nothing of encryption: whoever has a key means it.
     encrypted = bool(found.flags & BlobFlag.ENCRYPTED) or (found.version == 1 and key is not None)
-    return _unwrapped(found, _FILE, key if encrypted else None, encrypted, name)
+    return _some(_unwrapped(found, _FILE, key if encrypted else None, encrypted, name), name)
 
 
 def encode_migration(
@@ -174,9 +174,16 @@ def open_migration(
     outer = bool(found.flags & BlobFlag.MIGRATION_ENCRYPTED)
     inner = encrypted or bool(found.flags & BlobFlag.ENCRYPTED)
     body = _unwrapped(found, _MIGRATION, key, outer, name)
-    state = _unwrapped(found._replace(body=body), _FILE, file_key, inner, name)
+    state = _some(_unwrapped(found._replace(body=body), _FILE, file_key, inner, name), name)
     carried = _find_or_none(body, SESSION_TAG, name) if found.version > 1 else None
     return MigrationState(state, None if carried is None else decode_carried(carried, name))
+
+
+def _some(state: bytes, name: str) -> bytes:
+    """An empty state is none: no engine writes one, and libtpms would take it for the wish to have none."""
+    if not state:
+        raise StateDamagedError(f"{name} holds an empty state", "restore it from a backup")
+    return state
 
 
 def _wrapped(data: bytes, level: _Level, key: SwtpmKey | None, entropy: Entropy) -> tuple[bytes, BlobFlag]:

@@ -116,6 +116,6 @@ def test_a_checkout_that_is_not_installed() -> None:
 def test_what_lies_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "crbd.py").write_text("raise SystemExit('imported')\n")
     environment = {**os.environ, "CRBD_PYTHON": sys.executable}
-    command = [LAUNCHERS / "swtpm", "--version"]
+    command = [str(LAUNCHERS / "swtpm"), "--version"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")

@@ -106,7 +106,7 @@ def test_version_1_by_hand() -> None:
     assert KEYS[16].encrypt_version_1(STATE) == encryptor.update(text + bytes([count] * count))
 
 
-@given(st.binary(max_size=100), st.sampled_from([16, 32]))
+@given(st.binary(min_size=1, max_size=100), st.sampled_from([16, 32]))
 def test_files_both_ways(state: bytes, size: int) -> None:
     assert decode_file(encode_file(state, KEYS[size]), "f", KEYS[size]) == state
 
@@ -197,6 +197,14 @@ def test_any_mutation_is_refused_or_harmless(data: bytes) -> None:
         assert decode_file(data, "f", KEYS[16])
     with contextlib.suppress(StateError):
         assert decode_migration(data, "f", KEYS[16], OTHERS[16])
+
+
+@pytest.mark.parametrize("head", ["0101000a00000000000a", "0201000a0000000000100001 00000000"])
+def test_an_empty_state_is_none(head: str) -> None:
+    data = bytes.fromhex(head)
+    for decoded in (decode_file, decode_migration):
+        with pytest.raises(StateDamagedError, match=r"holds an empty state|holds no"):
+            decoded(data, "f")
 
 
 def test_no_iv_twice() -> None:
