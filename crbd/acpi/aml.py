@@ -191,6 +191,16 @@ def bit_and(left: bytes, right: bytes, target: bytes = NOWHERE) -> bytes:
     return b"\x7b" + left + right + target
 
 
+def exists(path: str) -> bytes:
+    """Whether there is an object of that name."""
+    return _EXTENDED + b"\x12" + name(path) + NOWHERE
+
+
+def not_(value: bytes) -> bytes:
+    """Whether a value is 0."""
+    return b"\x92" + value
+
+
 def equal(left: bytes, right: bytes) -> bytes:
     """Whether both are the same."""
     return b"\x93" + left + right

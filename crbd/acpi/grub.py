@@ -4,6 +4,8 @@ GRUB is started before the guest's own boot loader, installs the tables with its
 brings what it needs along in a memory disk, a tar archive that grub-mkimage puts into the program: so one file that
 boots anywhere is all there is.
 
+Firmware for aarch64 has an XSDT and no RSDT. GRUB before 2.12 looks for the latter, and crashes.
+
 Source: GRUB Manual 2.12, "acpi", "Embedding a configuration file", and `cmdpath` among its variables.
 """
 
@@ -18,7 +20,9 @@ PROGRAM: Final = "EFI/BOOT/BOOTAA64.EFI"
 PREFIX: Final = "(memdisk)/crbd"
 TABLES: Final = ("tpm2.aml", "ssdt.aml")
 CONFIGURATION: Final = "grub.cfg"
-"""The name of GRUB's own configuration, in the memory disk and on the EFI system partition."""
+"""The name of GRUB's own configuration, in the memory disk."""
+NEXT: Final = "next.cfg"
+"""That of the operator's, beside the program. Not grub.cfg: Debian's GRUB would read that in place of ours."""
 MODULES: Final = (
     *("acpi", "boot", "chain", "configfile", "echo", "ext2", "fat", "linux", "ls", "memdisk", "minicmd", "normal"),
     *("part_gpt", "part_msdos", "regexp", "search", "search_fs_file", "tar", "test"),
@@ -26,21 +30,26 @@ MODULES: Final = (
 
 SCRIPT: Final = rf"""
 # Made by `crbd acpi --grub`.
-regexp --set=1:crbd_own '^(\([^)]*\))' "$cmdpath"
+# Where this program was started from: GRUB's own name for it, or Debian's.
+set crbd_here="$cmdpath"
+if [ -z "$crbd_here" ]; then
+    set crbd_here="$fw_path"
+fi
+regexp --set=1:crbd_own '^\(([^)]*)\)' "$crbd_here"
 
 if ! acpi {" ".join(f"{PREFIX}/{table}" for table in TABLES)}; then
     echo "crbd: the ACPI tables of the TPM were not installed: the guest will not find its TPM"
 fi
 
-# What to do next: what a grub.cfg beside this program says,
-if [ -f "$cmdpath/{CONFIGURATION}" ]; then
+# What to do next: what a {NEXT} beside this program says,
+if [ -f "$crbd_here/{NEXT}" ]; then
     set root="$crbd_own"
-    configfile "$cmdpath/{CONFIGURATION}"
+    configfile "$crbd_here/{NEXT}"
 fi
 
 # or else the boot loader on another disk, the installed system's before the one for removable media.
 for crbd_disk in (*); do
-    if [ "$crbd_disk" != "$crbd_own" -a "$crbd_disk" != "(memdisk)" ]; then
+    if [ "$crbd_disk" != "($crbd_own)" -a "$crbd_disk" != "(memdisk)" ]; then
         for crbd_loader in "$crbd_disk"/EFI/*/shimaa64.efi "$crbd_disk"/EFI/*/grubaa64.efi "$crbd_disk"/{PROGRAM}; do
             if [ -f "$crbd_loader" ]; then
                 chainloader "$crbd_loader" && boot
@@ -48,6 +57,6 @@ for crbd_disk in (*); do
         done
     fi
 done
-echo "crbd: no boot loader was found on another disk, and there is no $cmdpath/{CONFIGURATION}"
+echo "crbd: no boot loader was found on another disk, and there is no $crbd_here/{NEXT}"
 """
 """Run by GRUB. An error in it ends at GRUB's prompt, on the guest's console."""

@@ -15,7 +15,6 @@ Sources: ACPI 6.5, chapters 5.2.6, 6 and 19; TCG ACPI Specification 1.3, section
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from struct import Struct
 from typing import Final
 
@@ -49,13 +48,6 @@ _MEMORY_32_FIXED_ADDRESS: Final = 4
 _END_TAG: Final = b"\x79\x00"
 
 
-class Architecture(Enum):
-    """Whose tables the SSDT joins: QEMU's for q35 and pc name every PCI device, those for virt only the bus."""
-
-    X86 = "x86"
-    AARCH64 = "aarch64"
-
-
 @dataclass(frozen=True, slots=True)
 class PciFunction:
     """The device as its config space has it: vendor and device id, and the bytes in BAR 0 (32 bits, memory)."""
@@ -79,17 +71,18 @@ def tpm2() -> bytes:
     return table("TPM2", _TPM2_REVISION, _TPM2.pack(_CLIENT, 0, 0, _START_METHOD_CRB))
 
 
-def ssdt(architecture: Architecture, slot: Slot, function: PciFunction) -> bytes:
-    """The SSDT for the device in that slot."""
-    terms = _pci_terms() + _tpm(function)
-    if architecture is Architecture.X86:
-        path = ".".join(hop.segment for hop in slot.hops)
-        body = aml.scope(f"\\_SB.PCI0.{path}", terms)
-    else:
-        for hop in reversed(slot.hops):
-            terms = aml.device(hop.segment, aml.named("_ADR", aml.integer(hop.address)), terms)
-        body = aml.scope("\\_SB.PCI0", terms)
-    return table("SSDT", _SSDT_REVISION, body)
+def ssdt(slot: Slot, function: PciFunction) -> bytes:
+    """The SSDT for the device in that slot.
+
+    QEMU's own tables name each PCI device that is there; those for aarch64's virt do so only since 10.1, and where
+    `acpi-pcihp` is on. What has no name is given the same one: that is decided while the table is loaded.
+    """
+    path, body = "\\_SB.PCI0", b""
+    for hop in slot.hops:
+        above, path = path, f"{path}.{hop.segment}"
+        device = aml.device(hop.segment, aml.named("_ADR", aml.integer(hop.address)))
+        body += aml.if_(aml.not_(aml.exists(path)), aml.scope(above, device))
+    return table("SSDT", _SSDT_REVISION, body + aml.scope(path, _pci_terms(), _tpm(function)))
 
 
 def _pci_terms() -> bytes:

@@ -8,17 +8,26 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from enum import Enum
 from pathlib import Path
 
 from crbd.acpi import grub
 from crbd.acpi.slot import Slot, parse_slot
-from crbd.acpi.tables import Architecture, PciFunction, ssdt, tpm2
+from crbd.acpi.tables import PciFunction, ssdt, tpm2
 from crbd.errors import OperatorError, UsageError
 from crbd.vfiouser.configuration import DEVICE, VENDOR
 from crbd.vfiouser.spec import BAR_SIZE
 
-DESCRIPTION = """Write the ACPI tables by which a guest finds the TPM registers that crbd serve --registers serves as a PCI
+DESCRIPTION = """Write the ACPI tables by which a guest finds the registers that crbd serve --registers serves as a PCI
 device, and print the QEMU options that give them to the guest. docs/acpi.md has whole command lines."""
+
+
+class Architecture(Enum):
+    """Which of QEMU's machines: x86 are q35 and pc, which take tables themselves, aarch64 is virt."""
+
+    X86 = "x86"
+    AARCH64 = "aarch64"
+
 
 _MAKER = "grub-mkimage"
 _MODULES = Path("/usr/lib/grub") / grub.FORMAT
@@ -58,9 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     architecture, slot, directory = Architecture(arguments.arch), _parse(arguments.slot), arguments.out
     if arguments.grub and architecture is not Architecture.AARCH64:
         raise UsageError("--grub is for --arch aarch64", "leave it out: on x86 QEMU takes the tables itself")
-    tables = dict(
-        zip(grub.TABLES, (tpm2(), ssdt(architecture, slot, PciFunction(VENDOR, DEVICE, BAR_SIZE))), strict=True)
-    )
+    tables = dict(zip(grub.TABLES, (tpm2(), ssdt(slot, PciFunction(VENDOR, DEVICE, BAR_SIZE))), strict=True))
     program = _make_grub(tables, arguments.grub_modules) if arguments.grub else None
     try:
         directory.mkdir(exist_ok=True)
@@ -108,8 +115,9 @@ def _make_grub(tables: dict[str, bytes], modules: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="crbd-acpi-") as place:
         archive, image = Path(place) / "memdisk.tar", Path(place) / "image"
         archive.write_bytes(_memory_disk(tables | {grub.CONFIGURATION: grub.SCRIPT.encode()}))
-        command = [_MAKER, "-O", grub.FORMAT, "-p", grub.PREFIX, *grub.MODULES]
-        command += ["-d", str(modules), "-m", str(archive), "-o", str(image)]
+        command = [_MAKER, "-O", grub.FORMAT, "-d", str(modules), "-o", str(image), *grub.MODULES]
+        # The prefix last: -m sets one, too.
+        command += ["-m", str(archive), "-p", grub.PREFIX]
         try:
             done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except FileNotFoundError as error:
