@@ -84,6 +84,11 @@ def buffer(data: bytes) -> bytes:
     return b"\x11" + package(integer(len(data)) + data)
 
 
+def package_of(*values: bytes) -> bytes:
+    """A Package of these values, up to 255."""
+    return b"\x12" + package(bytes([len(values)]) + b"".join(values))
+
+
 def local(number: int) -> bytes:
     """A method's own variable, 0 to 7."""
     if not 0 <= number <= 7:

@@ -104,12 +104,20 @@ def _tpm(function: PciFunction) -> bytes:
         aml.named("_HID", aml.string("MSFT0101")),
         aml.named("_UID", aml.ONE),
         aml.named("_STR", aml.buffer("TPM 2.0 Device".encode("utf-16-le") + b"\0\0")),
+        # Linux for aarch64 cannot read config space before it knows the bus, and asks for _CRS and _STA before that.
+        # With the dependency it still asks for _CRS, once: so that one says nothing before _STA did.
+        aml.named("_DEP", aml.package_of(name("\\_SB.PCI0"))),
+        aml.named("TFND", aml.ZERO),
         aml.data_table_region("TTAB", "TPM2"),
         aml.field("TTAB", Access.BYTE, ("TSUM", _CHECKSUM * 8, 8), ("TCTL", _CONTROL_AREA * 8, 32)),
         # Another device in the slot, or none: then there is no TPM.
         aml.method(
             "_STA",
-            aml.if_(aml.equal(name("TIDS"), identity), aml.return_(aml.integer(_PRESENT))),
+            aml.if_(
+                aml.equal(name("TIDS"), identity),
+                aml.store(aml.ONE, name("TFND")),
+                aml.return_(aml.integer(_PRESENT)),
+            ),
             aml.return_(aml.ZERO),
         ),
         _sum_of_bytes(),
@@ -131,7 +139,8 @@ def _current_resources(size: int) -> bytes:
         "_CRS",
         aml.named("TRES", aml.buffer(resource)),
         aml.create_dword_field(name("TRES"), _MEMORY_32_FIXED_ADDRESS, "TADR"),
-        aml.bit_and(name("TBAR"), aml.integer(_BAR_ADDRESS), base),
+        aml.store(aml.ZERO, base),
+        aml.if_(name("TFND"), aml.bit_and(name("TBAR"), aml.integer(_BAR_ADDRESS), base)),
         aml.store(base, name("TADR")),
         aml.if_(
             base,
