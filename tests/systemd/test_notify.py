@@ -39,6 +39,7 @@ def test_a_life(tmp_path: Path) -> None:
             assert manager.heard[1].startswith("STATUS=serving the TPM in the ephemeral store at unix:")
             with Client(tmp_path / "ctrl") as ctrl:
                 assert ctrl.upgrade()[0]
+            wait_until(lambda: len(manager.heard) >= 7, "what is said when it serves again")
             assert [line.partition("=")[0] for line in manager.heard[2:]] == [
                 *("RELOADING", "MONOTONIC_USEC", "STATUS"),
                 *("READY", "STATUS"),
