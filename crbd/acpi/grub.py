@@ -52,7 +52,9 @@ for crbd_disk in (*); do
     if [ "$crbd_disk" != "($crbd_own)" -a "$crbd_disk" != "(memdisk)" ]; then
         for crbd_loader in "$crbd_disk"/EFI/*/shimaa64.efi "$crbd_disk"/EFI/*/grubaa64.efi "$crbd_disk"/{PROGRAM}; do
             if [ -f "$crbd_loader" ]; then
-                chainloader "$crbd_loader" && boot
+                if chainloader "$crbd_loader"; then
+                    boot
+                fi
             fi
         done
     fi
