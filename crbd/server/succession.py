@@ -190,8 +190,14 @@ def is_successor() -> bool:
 
 
 def keep_signals() -> None:
-    """Let the kernel keep the signals that end a daemon or upgrade it until `listen_to_kept_signals`."""
+    """Let the kernel keep the signals that end a daemon or upgrade it until `listen_to_kept_signals`.
+
+    Those too that the parent had ignored (nohup, a shell's background job): the kernel keeps no ignored signal.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
+    for number in KEPT_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def listen_to_kept_signals() -> None:

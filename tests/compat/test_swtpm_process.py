@@ -17,6 +17,7 @@ from .swtpm_processes import (
     LAUNCHERS,
     PATIENCE,
     SHUTDOWN,
+    SWTPM,
     ask,
     connected,
     end,
@@ -59,6 +60,18 @@ def test_signals_end_it(tmp_path: Path, number: signal.Signals) -> None:
         assert mode_of(tmp_path / "data") == 0o770
         assert end(process, number) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_signal_that_was_ignored_ends_it_from_the_first_moment(tmp_path: Path) -> None:
+    """Started as a background job of a shell, and told to end as soon as there is a pid file."""
+    (tmp_path / "state").mkdir()
+    data = f"type=unixio,path={tmp_path / 'data'}"
+    arguments = ["socket", "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}", "--server", data]
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *SWTPM]
+    command = [*ignoring, *arguments, "--pid", f"file={tmp_path / 'pid'}"]
+    with subprocess.Popen(command, text=True) as process, killed(process):
+        wait_until(lambda: has_pid(tmp_path / "pid"), "the pid file")
+        assert end(process, signal.SIGINT) == 0
 
 
 def test_files_at_the_sockets_paths_are_replaced(tmp_path: Path) -> None:
