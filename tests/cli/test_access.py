@@ -14,6 +14,8 @@ import pytest
 
 from .process import PATIENCE, crbd, end, serving
 
+pytestmark = pytest.mark.slow
+
 GET_CAPABILITY = bytes.fromhex("00000001")
 CAPABILITIES = bytes.fromhex("000000000001ffff")
 NOBODY = 65534

@@ -17,6 +17,8 @@ from tests.engine import commands as c
 
 from .process import CRBD, PATIENCE, ask, wait_until
 
+pytestmark = pytest.mark.slow
+
 ASK = """
 import os, socket
 tpm = socket.socket(socket.AF_UNIX)

@@ -15,6 +15,8 @@ from tests.engine import commands as c
 
 from .process import PATIENCE, ask, crbd, end, serving, wait_until
 
+pytestmark = pytest.mark.slow
+
 SHUTDOWN = bytes.fromhex("00000003")
 INIT = bytes.fromhex("0000000200000000")
 

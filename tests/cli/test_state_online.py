@@ -22,6 +22,8 @@ from tests.state import samples as s
 from .process import PATIENCE, ask, end, serving, wait_until
 from .states import crbd, document, key_file, refuse
 
+pytestmark = pytest.mark.slow
+
 ON = ["--flags", "startup-clear"]
 INIT = bytes.fromhex("00000002 00000000")
 READ, READ_SIZE = c.pcr_read(16), 62

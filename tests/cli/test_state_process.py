@@ -7,11 +7,15 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from crbd.store.document import FILE_NAME
 from tests.engine import commands as c
 
 from .process import CRBD, PATIENCE, ask, crbd, end, serving
 from .states import golden, put
+
+pytestmark = pytest.mark.slow
 
 
 def options(place: Path) -> list[str]:

@@ -269,7 +269,7 @@ def test_lives_of_commits_and_faults(seed: int) -> None:
         calls = ("pwrite", "fdatasync", "rename", "sync_directory", "pread")
         faulty = chance.random() < 0.5
         file.fault = Fault(chance.choice(calls), after=chance.randrange(1, 4)) if faulty else None
-        acknowledged = caller.commit(number, chance.randrange(2000))
+        acknowledged = caller.commit(number, chance.randrange(1, 2000))
         assert acknowledged or faulty
         file.fault = None
         now = all_of(caller.store)

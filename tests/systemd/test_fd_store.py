@@ -20,6 +20,8 @@ from tests.vfiouser.vmm import Vmm
 
 from .service_manager import service_manager
 
+pytestmark = pytest.mark.slow
+
 SHUTDOWN = bytes.fromhex("00000003")
 HELD = ("link.0", "link.1", "listener.ctrl", "listener.data", "handover")
 
