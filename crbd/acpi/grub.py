@@ -59,6 +59,7 @@ for crbd_disk in (*); do
         done
     fi
 done
-echo "crbd: no boot loader was found on another disk, and there is no $crbd_here/{NEXT}"
+echo "crbd: no boot loader was found on another disk, and there is no $crbd_here/{NEXT}."
+echo "The firmware shows GRUB only disks with a bootindex."
 """
 """Run by GRUB. An error in it ends at GRUB's prompt, on the guest's console."""

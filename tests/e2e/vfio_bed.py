@@ -164,7 +164,7 @@ class Machine:
         make = ["grub-mkimage", "-O", "arm64-efi", "-d", str(self.arm.grub), "-p", "/EFI/BOOT", "-o", str(loader)]
         subprocess.run([*make, *modules], check=True)
         drive = f"if=none,id=disk,readonly=on,format=raw,file=fat:{disk}"
-        return [*command, "-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+        return [*command, "-drive", drive, "-device", "virtio-blk-pci,drive=disk,bootindex=1"]
 
     def _put_kernel(self, partition: Path, configuration: str) -> None:
         """The guest's kernel and the configuration that starts it, for a GRUB on that partition."""
