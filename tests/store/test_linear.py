@@ -200,7 +200,7 @@ def content(number: int, size: int) -> dict[StateKind, bytes | None]:
     """Another for every number; every third commit deletes the volatile state, every fifth leaves it alone."""
     found: dict[StateKind, bytes | None] = {PERMANENT: random.Random(number).randbytes(size)}
     if number % 5 != 4:
-        found[VOLATILE] = None if number % 3 == 2 else random.Random(-number).randbytes(size // 2)
+        found[VOLATILE] = None if number % 3 == 2 else random.Random(-number).randbytes(1 + size // 2)
     return found
 
 
