@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -113,22 +113,25 @@ class Machine:
     qemu: Qemu11
     image: GuestImage | None = None
     arm: ArmImage | None = None
-    options: Sequence[str] = ()
-    """Last on QEMU's command line."""
-
-    def with_options(self, *options: str) -> Machine:
-        """The same with other options."""
-        return replace(self, options=options)
 
     @contextmanager
     def guest(self, bed: Bed, directory: Path, *, booted: bool = True) -> Iterator[Guest]:
         """A guest with the registers served at DIRECTORY/tpm.regs. QEMU is killed at the end if it still runs."""
+        device = ["-device", device_of(directory / REGISTERS)]
+        if not bed.arm:
+            device += options_of_acpi(directory / "acpi", "--arch", "x86")
+        with self.guest_with(device, bed, directory, booted=booted) as running:
+            yield running
+
+    @contextmanager
+    def guest_with(self, device: Sequence[str], bed: Bed, directory: Path, *, booted: bool = True) -> Iterator[Guest]:
+        """The same with a TPM of another kind, or none: `device` are QEMU's options for it."""
         machine = self._arm_machine(bed, directory) if bed.arm else self._x86_machine(bed, directory)
-        machine += ["-device", device_of(directory / REGISTERS), *self.options]
 
         def command(console_fd: int, monitor_fd: int) -> list[str]:
             return [
                 *machine,
+                *device,
                 *("-display", "none", "-nodefaults", "-no-user-config"),
                 *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
                 *("-chardev", f"socket,id=monitor,fd={monitor_fd}", "-mon", "chardev=monitor,mode=control"),
@@ -144,7 +147,7 @@ class Machine:
         command += ["-append", "console=ttyS0,115200 quiet"]
         if bed is Bed.OVMF:
             command += self._flash("OVMF/OVMF_CODE_4M.fd", "OVMF/OVMF_VARS_4M.fd", directory)
-        return command + options_of_acpi(directory / "acpi", "--arch", "x86")
+        return command
 
     def _arm_machine(self, bed: Bed, directory: Path) -> list[str]:
         assert self.arm is not None
