@@ -52,6 +52,8 @@ for crbd_disk in (*); do
     if [ "$crbd_disk" != "($crbd_own)" -a "$crbd_disk" != "(memdisk)" ]; then
         for crbd_loader in "$crbd_disk"/EFI/*/shimaa64.efi "$crbd_disk"/EFI/*/grubaa64.efi "$crbd_disk"/{PROGRAM}; do
             if [ -f "$crbd_loader" ]; then
+                # What is started is told the root as the device that it comes from.
+                regexp --set=1:root '^\((.*)\)$' "$crbd_disk"
                 if chainloader "$crbd_loader"; then
                     boot
                 fi
