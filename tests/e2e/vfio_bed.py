@@ -21,7 +21,6 @@ from .daemon import CRBD, DaemonKind, TpmDaemon, tpm_daemon
 from .qemu import Guest, GuestImage, started
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-SLOT = "10.0"
 REGISTERS = "tpm.regs"
 
 
@@ -87,11 +86,31 @@ class ArmImage:
         return cls(GuestImage(paths["kernel"], paths["initrd"]), paths["grub"])
 
 
-def options_of_acpi(directory: Path, *options: str) -> list[str]:
-    """Have `crbd acpi` write to `directory`, and return the QEMU options that it prints."""
-    command = [*CRBD, "acpi", "--slot", SLOT, "--out", str(directory), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout.split()
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the device is plugged in: for crbd, and for QEMU with the options that make the bus."""
+
+    slot: str
+    bus: str = "pcie.0"
+    address: str = "10.0"
+    options: tuple[str, ...] = ()
+
+    def device(self, registers: Path) -> str:
+        """The value of QEMU's -device for the registers served at that socket."""
+        where = {"type": "unix", "path": str(registers)}
+        device = {"driver": "vfio-user-pci", "id": "tpm", "bus": self.bus, "addr": self.address, "socket": where}
+        return json.dumps(device)
+
+    def acpi(self, directory: Path, *options: str) -> list[str]:
+        """Have `crbd acpi` write to `directory`, and return the QEMU options that it prints."""
+        command = [*CRBD, "acpi", "--slot", self.slot, "--out", str(directory), *options]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+ON_ROOT_BUS = Place("10.0")
+BEHIND_PORT = Place("3.0/0.0", "below", "0.0", ("-device", "pcie-root-port,id=below,bus=pcie.0,addr=3.0,chassis=1"))
+WITHOUT_NAMES = Place("10.0", options=("-global", "acpi-ged.acpi-pci-hotplug-with-bridge-support=off"))
+"""aarch64 as it was before QEMU 10.1: its tables do not name PCI devices."""
 
 
 @contextmanager
@@ -115,16 +134,20 @@ class Machine:
     arm: ArmImage | None = None
 
     @contextmanager
-    def guest(self, bed: Bed, directory: Path, *, booted: bool = True) -> Iterator[Guest]:
-        """A guest with the registers served at DIRECTORY/tpm.regs. QEMU is killed at the end if it still runs."""
-        device = ["-device", device_of(directory / REGISTERS)]
-        if not bed.arm:
-            device += options_of_acpi(directory / "acpi", "--arch", "x86")
-        with self.guest_with(device, bed, directory, booted=booted) as running:
+    def guest(self, bed: Bed, directory: Path, place: Place = ON_ROOT_BUS) -> Iterator[Guest]:
+        """A booted guest with the registers at DIRECTORY/tpm.regs. QEMU is killed at the end if it still runs."""
+        device = [*place.options, "-device", place.device(directory / REGISTERS)]
+        acpi = directory / "acpi"
+        if bed.arm:
+            assert self.arm is not None
+            device += place.acpi(acpi, "--arch", "aarch64", "--grub", "--grub-modules", str(self.arm.grub))
+        else:
+            device += place.acpi(acpi, "--arch", "x86")
+        with self.guest_with(device, bed, directory) as running:
             yield running
 
     @contextmanager
-    def guest_with(self, device: Sequence[str], bed: Bed, directory: Path, *, booted: bool = True) -> Iterator[Guest]:
+    def guest_with(self, device: Sequence[str], bed: Bed, directory: Path) -> Iterator[Guest]:
         """The same with a TPM of another kind, or none: `device` are QEMU's options for it."""
         machine = self._arm_machine(bed, directory) if bed.arm else self._x86_machine(bed, directory)
 
@@ -137,7 +160,7 @@ class Machine:
                 *("-chardev", f"socket,id=monitor,fd={monitor_fd}", "-mon", "chardev=monitor,mode=control"),
             ]
 
-        with started(command, directory, bed.boot_seconds, booted=booted) as running:
+        with started(command, directory, bed.boot_seconds) as running:
             yield running
 
     def _x86_machine(self, bed: Bed, directory: Path) -> list[str]:
@@ -154,7 +177,6 @@ class Machine:
         command = [*self.qemu.program("qemu-system-aarch64"), "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57"]
         command += ["-m", "1024", *self._flash("AAVMF/AAVMF_CODE.fd", "AAVMF/AAVMF_VARS.fd", directory)]
         acpi = directory / "acpi"
-        command += options_of_acpi(acpi, "--arch", "aarch64", "--grub", "--grub-modules", str(self.arm.grub))
         if bed is Bed.AAVMF:
             self._put_kernel(acpi / "esp", "next.cfg")
             return command
@@ -188,9 +210,3 @@ class Machine:
             *("-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={self.qemu.share(code)}"),
             *("-drive", f"if=pflash,format=raw,unit=1,file={own}"),
         ]
-
-
-def device_of(registers: Path) -> str:
-    """The value of QEMU's -device for the registers served at that socket."""
-    where = {"type": "unix", "path": str(registers)}
-    return json.dumps({"driver": "vfio-user-pci", "id": "tpm", "bus": "pcie.0", "addr": SLOT, "socket": where})
