@@ -483,3 +483,15 @@ def test_whatever_is_accepted_lives(data: st.DataObject) -> None:
 def test_states_are_told_by_registers_and_one_flag() -> None:
     seen = {make().freeze().state for make in (*OLD, *NEW)}
     assert seen == {State.IDLE, State.READY, State.EXECUTION, State.COMPLETION}
+
+
+def test_a_live_buffer_is_left_as_the_guest_has_it() -> None:
+    """Memory that a guest writes while its device is frozen: what it wrote is newer than the snapshot."""
+    config = CrbConfig(localities=1, separate_buffer=True)
+    memory = memoryview(bytearray(config.buffer_size))
+    device = CrbDevice(config, memory)
+    memory[:4] = b"old."
+    snapshot = device.freeze()
+    memory[:4] = b"new."
+    assert bytes(CrbDevice.thaw(config, snapshot, memory, live=True).buffer[:4]) == b"new."
+    assert bytes(CrbDevice.thaw(config, snapshot, memory).buffer[:4]) == b"old."
