@@ -74,8 +74,8 @@ def tpm2() -> bytes:
 def ssdt(slot: Slot, function: PciFunction) -> bytes:
     """The SSDT for the device in that slot.
 
-    QEMU's own tables name each PCI device that is there; those for aarch64's virt do so only since 10.1, and where
-    `acpi-pcihp` is on. What has no name is given the same one: that is decided while the table is loaded.
+    The tables of QEMU 11 name each PCI device that is there; older ones, for aarch64's virt, name the bus alone. What
+    has no name is given the same one: that is decided while the table is loaded.
     """
     path, body = "\\_SB.PCI0", b""
     for hop in slot.hops:

@@ -109,8 +109,6 @@ class Place:
 
 ON_ROOT_BUS = Place("10.0")
 BEHIND_PORT = Place("3.0/0.0", "below", "0.0", ("-device", "pcie-root-port,id=below,bus=pcie.0,addr=3.0,chassis=1"))
-WITHOUT_NAMES = Place("10.0", options=("-global", "acpi-ged.acpi-pci-hotplug-with-bridge-support=off"))
-"""aarch64 as it was before QEMU 10.1: its tables do not name PCI devices."""
 
 
 @contextmanager
