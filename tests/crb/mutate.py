@@ -161,8 +161,11 @@ def main() -> int:
     chosen = [*mutants(), *(source_mutants() if arguments.source else ())]
     mutation = Mutation([mutant for mutant in chosen if arguments.only in mutant.name])
     paths = [str(HERE / f"test_{name}.py") for name in TESTS]
+    # Where crbd is installed it is a pytest plugin too, and its mutants are imported before pytest could rewrite it.
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     pytest.main(
-        ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--timeout", "20", *paths], plugins=[mutation]
+        ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--timeout", "20", *quiet, *paths],
+        plugins=[mutation],
     )
     print(f"{mutation.tried} mutants, {len(mutation.survivors)} survive")
     for name in mutation.survivors:
