@@ -11,12 +11,15 @@ Source: GRUB Manual 2.12, "acpi", "Embedding a configuration file", and `cmdpath
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 FORMAT: Final = "arm64-efi"
 """What grub-mkimage calls it."""
 PROGRAM: Final = "EFI/BOOT/BOOTAA64.EFI"
 """Where UEFI on aarch64 looks for what it is to start, on a disk it knows nothing of (UEFI 2.10, 3.5.1.1)."""
+OLDEST: Final = (2, 12)
+"""The first GRUB that understands the firmware's tables."""
 PREFIX: Final = "(memdisk)/crbd"
 TABLES: Final = ("tpm2.aml", "ssdt.aml")
 CONFIGURATION: Final = "grub.cfg"
@@ -65,3 +68,9 @@ echo "crbd: no boot loader was found on another disk, and there is no $crbd_here
 echo "The firmware shows GRUB only disks with a bootindex."
 """
 """Run by GRUB. An error in it ends at GRUB's prompt, on the guest's console."""
+
+
+def version_of(description: str) -> tuple[int, int] | None:
+    """GRUB's release, by the file modinfo.sh beside its modules; None if it does not say."""
+    found = re.search(r'^grub_version="(\d+)\.(\d+)', description, re.MULTILINE | re.ASCII)
+    return (int(found[1]), int(found[2])) if found else None

@@ -108,9 +108,17 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _make_grub(tables: dict[str, bytes], modules: Path) -> bytes:
     """GRUB with the tables inside. Raises OperatorError."""
-    if not (modules / "acpi.mod").is_file():
+    try:
+        version = grub.version_of((modules / "modinfo.sh").read_text(errors="replace"))
+    except OSError as error:
         raise OperatorError(
             f"there are no modules of GRUB for {grub.FORMAT} in {modules}", f"{_GRUB_PACKAGES}, or give --grub-modules"
+        ) from error
+    if version is None or version < grub.OLDEST:
+        release = "unknown" if version is None else "{}.{:02}".format(*version)
+        raise OperatorError(
+            f"the GRUB in {modules} is too old ({release}): it crashes on the firmware's tables",
+            f"give the modules of {'{}.{}'.format(*grub.OLDEST)} or newer with --grub-modules (docs/acpi.md)",
         )
     with tempfile.TemporaryDirectory(prefix="crbd-acpi-") as place:
         archive, image = Path(place) / "memdisk.tar", Path(place) / "image"

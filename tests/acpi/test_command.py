@@ -83,16 +83,23 @@ def test_refusals(
     assert list(tmp_path.iterdir()) == []
 
 
-def modules(directory: Path, *names: str) -> Path:
-    """A directory that looks like GRUB's."""
-    for name in names:
-        (directory / f"{name}.mod").write_bytes(b"")
+def modules(directory: Path, version: str) -> Path:
+    """A directory that looks like GRUB's, without a module in it."""
+    (directory / "modinfo.sh").write_text(f'#!/bin/bash\n# Version\ngrub_version="{version}"\n')
     return directory
+
+
+@pytest.mark.parametrize(("version", "release"), [("2.06", "2.06"), ("1.99", "1.99"), ("", "unknown")])
+def test_old_grub(version: str, release: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--grub", "--grub-modules", str(modules(tmp_path, version)))
+    assert main(["acpi", *ARM, "--out", str(tmp_path / "out"), *arguments]) == 1
+    assert f"is too old ({release})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(shutil.which("grub-mkimage") is None, reason="needs the Debian package grub-common")
 def test_modules_that_grub_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--grub", "--grub-modules", str(modules(tmp_path, "acpi")))
+    arguments = ("--grub", "--grub-modules", str(modules(tmp_path, "2.12")))
     assert main(["acpi", *ARM, "--out", str(tmp_path / "out"), *arguments]) == 1
     text = capsys.readouterr().err
     assert text.startswith("crbd: grub-mkimage failed: ")
@@ -104,7 +111,7 @@ def test_without_grub_mkimage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ("--grub", "--grub-modules", str(modules(tmp_path, "acpi")))
+    arguments = ("--grub", "--grub-modules", str(modules(tmp_path, "2.12")))
     assert main(["acpi", *ARM, "--out", str(tmp_path / "out"), *arguments]) == 1
     assert "grub-mkimage is missing" in capsys.readouterr().err
 
