@@ -11,9 +11,10 @@ from hypothesis import settings
 # What the launchers of a checkout that is not installed run on.
 os.environ.setdefault("CRBD_PYTHON", sys.executable)
 
-# A background job of a shell ignores SIGINT, and so would all that the tests start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a shell ignores SIGINT, nohup's SIGHUP, and so would all that the tests start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 settings.register_profile("quick", max_examples=200, deadline=None)
 settings.register_profile("nightly", max_examples=50_000, deadline=None)
